@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs a nuner_jax command on this machine, with all of its set-up.
+#
+# usage: launch/local.sh COMMAND [FLAG...]
+#
+#   launch/local.sh train --config=configs/quickstart.py
+#   launch/local.sh train --help
+#
+# COMMAND is a module of nuner_jax (train, data.build, ...); the flags go to it unchanged, and
+# paths in them start at the repository root. The first run makes a virtual environment and
+# installs the project into it; later runs start at once.
+#
+# environment:
+#   NUNER_VENV     folder of the virtual environment (default: .venv)
+#   NUNER_EXTRAS   extras to install, separated by commas: cuda13, cuda12 or tpu for an
+#                  accelerator, annotate for annotation (default: none, which runs on the CPU)
+#   PYTHON         interpreter that makes the environment (default: the newest from 3.11 to 3.13)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+# The modules that can be run, as COMMAND names them, on one line.
+commands() {
+  grep -rl --include='*.py' '^if __name__ == "__main__":' nuner_jax |
+    sed -e 's|^nuner_jax/||' -e 's|\.py$||' -e 's|/__main__$||' -e 's|/|.|g' | sort | paste -sd' ' -
+}
+
+main() {
+  local command="${1:-}"
+  case "$command" in
+    -h | --help)
+      usage launch/local.sh
+      printf '\ncommands: %s\n' "$(commands)"
+      return
+      ;;
+    "") die "no command: launch/local.sh --help tells how to use it. Commands: $(commands)" ;;
+  esac
+  shift
+  [[ " $(commands) " == *" $command "* ]] || die "no command '$command'. Commands: $(commands)"
+  set_up "${NUNER_EXTRAS:-}"
+  exec "$VENV_PYTHON" -m "nuner_jax.$command" "$@"
+}
+
+main "$@"

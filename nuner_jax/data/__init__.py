@@ -1,0 +1,1 @@
+"""Records, shards, the tokenised corpus, packing and the loader."""

@@ -1,0 +1,280 @@
+"""Packed batches for contrastive pre-training: a batch is a pure function of (seed, step).
+
+The rows of all epochs form one endless stream (shuffle, then repeat); batch `step` is the `step`-th piece of
+it. There is no iterator state: to resume at a step is to ask for it, on any number of hosts, each of which
+gathers its own rows only. The distinct concepts of the whole batch are found on every host (a few thousand
+ids) and dealt to rows of their own, so that each is encoded once.
+
+Shapes: R text rows of L tokens with P positive pairs each; Q concept rows of K tokens with S slots each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from nuner_jax.data import packing, ragged
+from nuner_jax.data.corpus import Corpus
+from nuner_jax.errors import NunerError
+
+_MEASURED_BATCHES = 256  # batches looked at to choose the static shapes
+_HEADROOM = 1.06  # over the largest of them; what does not fit is counted in the training log
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The static shapes of a batch: R x L text, P pairs a row, Q x K concept tokens, S concepts a row."""
+
+    rows: int
+    row_length: int
+    pairs_per_row: int
+    concept_rows: int
+    concept_row_length: int
+    concepts_per_row: int
+
+
+class PackedLoader:
+    """Batches of packed rows, as a pure function of the step."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        rows: int,
+        row_length: int,
+        concept_row_length: int,
+        row_multiple: int,
+        seed: int,
+        pad_id: int,
+        weights: dict[str, float] | None = None,
+        shuffle: bool = True,
+    ):
+        """Plans the packing and measures the static shapes.
+
+        Args:
+          corpus: the tokenised texts.
+          rows: R, text rows of one batch.
+          row_length: L, tokens per text row.
+          concept_row_length: K, tokens per concept row.
+          row_multiple: Q is rounded up to a multiple of it, so that a batch is the same on every mesh whose
+            batch axes divide it.
+          seed: of the shuffles.
+          pad_id: token id of empty positions.
+          weights: source name -> visits per epoch (default 1 each); a fraction is a seeded part of the source.
+          shuffle: False keeps one fixed order for all epochs (evaluation).
+
+        Raises:
+          NunerError: the corpus is empty at these weights, or a sequence is longer than a row.
+        """
+        self.corpus, self.seed, self.pad_id, self.shuffle = corpus, seed, pad_id, shuffle
+        self._visits_M = _visits(corpus, weights or {}, seed)
+        if not self._visits_M.size:
+            raise NunerError(
+                f"no sequence is left at the source weights {weights} (config.data.sources)"
+            )
+        self._length_M = corpus.length_W[self._visits_M]
+        self._by_length_M = np.argsort(self._length_M, kind="stable")
+        self._slots = packing.plan_slots(self._length_M, row_length)
+        # The slots of row r are _row_slots[_row_offsets[r]:_row_offsets[r + 1]].
+        self._row_slots = np.argsort(self._slots.row_M, kind="stable")
+        self._row_offsets = ragged.offsets(
+            np.bincount(self._slots.row_M, minlength=self._slots.num_rows)
+        )
+        self._epoch = functools.lru_cache(maxsize=2)(
+            self._plan_epoch
+        )  # a batch may touch two epochs
+        self.shapes = self._measure(rows, row_length, concept_row_length, row_multiple)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Packed rows that hold every sequence once."""
+        return self._slots.num_rows
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences visited in an epoch, weights included."""
+        return self._visits_M.size
+
+    @property
+    def fill(self) -> float:
+        """Share of text token slots that hold a token."""
+        return self._slots.fill
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that visit every row at least once."""
+        return math.ceil(self.rows_per_epoch / self.shapes.rows)
+
+    def batch(
+        self, index: int, text_rows: slice = slice(None), concept_rows: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
+        """The batch of this index: the rows asked for of the text, and of the concepts.
+
+        Returns:
+          tokens, segments [R, L] int32 (segment 0 is padding); scored [R, L] bool;
+          pair_positions, pair_concepts [R, P] int32 (-1 pads; positions in the row, concept ids);
+          concept_tokens, concept_segments [Q, K] int32; concept_ids [Q, S] int32 (-1 is an empty slot);
+          dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for.
+        """
+        slots, sequences = self._row_contents(index)
+        text = self._text_rows(slots, sequences, text_rows)
+        concepts = self._concept_rows(_distinct_concepts(self.corpus, sequences), concept_rows)
+        return text | concepts
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sequence in each slot, and the order of the rows, of one epoch."""
+        epoch = epoch if self.shuffle else 0
+        sequences = packing.assign(self._slots, self._by_length_M, self._length_M, self.seed, epoch)
+        return self._visits_M[sequences], packing.shuffled_rows(
+            self._slots.num_rows, self.seed, epoch
+        )
+
+    def _row_contents(self, index: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """For each row of a batch its slots (one array per row), and all their sequences, row after row."""
+        start = index * self._batch_rows
+        slots, sequences = [], []
+        for row in range(start, start + self._batch_rows):
+            epoch, place = divmod(row, self.rows_per_epoch)
+            if not self.shuffle and epoch:
+                slots.append(np.zeros(0, np.int64))  # evaluation ends with the epoch: no row twice
+                continue
+            in_slot, order = self._epoch(epoch)
+            mine = self._row_slots[
+                self._row_offsets[order[place]] : self._row_offsets[order[place] + 1]
+            ]
+            slots.append(mine)
+            sequences.append(in_slot[mine])
+        return slots, np.concatenate([np.zeros(0, np.int64), *sequences])
+
+    def _text_rows(self, slots, sequences, part: slice) -> dict[str, np.ndarray]:
+        """Gathers tokens, segments and positive pairs of some rows of a batch."""
+        shapes, corpus = self.shapes, self.corpus
+        ends = ragged.offsets([len(row) for row in slots])
+        start, stop, _ = part.indices(len(slots))
+        sequences = sequences[ends[start] : ends[stop]]
+        slots = slots[start:stop]
+        count_R = np.array([len(row) for row in slots], np.int64)
+        row_N = np.repeat(np.arange(len(slots)), count_R)
+        segment_N = ragged.ranges(np.ones(len(slots)), count_R)
+        flat = np.concatenate([np.zeros(0, np.int64), *slots])
+        at_N = row_N * shapes.row_length + self._slots.offset_M[flat]
+        length_N = self._slots.length_M[flat].astype(np.int64)
+
+        tokens = np.full((len(slots), shapes.row_length), self.pad_id, np.int32)
+        segments, scored = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        to = ragged.ranges(at_N, length_N)
+        first_N = np.asarray(corpus.sequence_offsets_W1[sequences])
+        tokens.reshape(-1)[to] = corpus.tokens_T[ragged.ranges(first_N, length_N)]
+        segments.reshape(-1)[to] = np.repeat(segment_N, length_N)
+        scored.reshape(-1)[ragged.ranges(at_N + 1, length_N - 2)] = True
+
+        first_pair_N, pairs_N = _pair_ranges(corpus, sequences)
+        pairs = ragged.ranges(first_pair_N, pairs_N)
+        position_P = np.repeat(at_N, pairs_N) + corpus.pair_positions_P[pairs]
+        pair_row_P = np.repeat(row_N, pairs_N)
+        place_P = ragged.ranges(np.zeros(len(slots)), np.bincount(pair_row_P, minlength=len(slots)))
+        fits_P = place_P < shapes.pairs_per_row
+        # A pair without room must not turn into a negative: its token is not scored at all, and its other
+        # pairs go too.
+        scored.reshape(-1)[position_P[~fits_P]] = False
+        kept_P = scored.reshape(-1)[position_P]
+        pair_positions = np.full((len(slots), shapes.pairs_per_row), -1, np.int32)
+        pair_concepts = np.full_like(pair_positions, -1)
+        where = pair_row_P[kept_P], place_P[kept_P]
+        pair_positions[where] = position_P[kept_P] % shapes.row_length
+        pair_concepts[where] = corpus.pair_concepts_P[pairs[kept_P]]
+        return {
+            "tokens": tokens,
+            "segments": segments,
+            "scored": scored,
+            "pair_positions": pair_positions,
+            "pair_concepts": pair_concepts,
+            "dropped_pairs": np.bincount(pair_row_P[~kept_P], minlength=len(slots)).astype(
+                np.int32
+            ),
+        }
+
+    def _concept_rows(self, concepts: np.ndarray, part: slice) -> dict[str, np.ndarray]:
+        """Deals the batch's distinct concepts to rows, and gathers the tokens of some of the rows."""
+        shapes, corpus = self.shapes, self.corpus
+        first_N = np.asarray(corpus.concept_offsets_C1[concepts])
+        length_N = np.asarray(corpus.concept_offsets_C1[concepts + 1]) - first_N
+        row_N, slot_N, offset_N = packing.deal(length_N, shapes.concept_rows)
+        fits_N = (slot_N < shapes.concepts_per_row) & (
+            offset_N + length_N <= shapes.concept_row_length
+        )
+        dropped = np.bincount(row_N[~fits_N], minlength=shapes.concept_rows).astype(np.int32)
+
+        start, stop, _ = part.indices(shapes.concept_rows)
+        mine_N = fits_N & (row_N >= start) & (row_N < stop)
+        row_n, slot_n, offset_n = row_N[mine_N] - start, slot_N[mine_N], offset_N[mine_N]
+        tokens = np.full((stop - start, shapes.concept_row_length), self.pad_id, np.int32)
+        segments = np.zeros_like(tokens)
+        ids = np.full((stop - start, shapes.concepts_per_row), -1, np.int32)
+        to = ragged.ranges(row_n * shapes.concept_row_length + offset_n, length_N[mine_N])
+        tokens.reshape(-1)[to] = corpus.concept_tokens_U[
+            ragged.ranges(first_N[mine_N], length_N[mine_N])
+        ]
+        segments.reshape(-1)[to] = np.repeat(slot_n + 1, length_N[mine_N])
+        ids[row_n, slot_n] = concepts[mine_N]
+        return {
+            "concept_tokens": tokens,
+            "concept_segments": segments,
+            "concept_ids": ids,
+            "dropped_concepts": dropped[start:stop],
+        }
+
+    def _measure(
+        self, rows: int, row_length: int, concept_row_length: int, row_multiple: int
+    ) -> Shapes:
+        """Static shapes from the first batches: the largest of each, and a little headroom."""
+        self._batch_rows = rows
+        pairs, concepts, tokens = 1, 1, 1
+        concept_length_C = np.diff(self.corpus.concept_offsets_C1)
+        for index in range(min(_MEASURED_BATCHES, math.ceil(self.rows_per_epoch / rows))):
+            slots, sequences = self._row_contents(index)
+            per_row = np.repeat(np.arange(len(slots)), [len(row) for row in slots])
+            pairs = max(pairs, np.bincount(per_row, _pair_ranges(self.corpus, sequences)[1]).max())
+            distinct = _distinct_concepts(self.corpus, sequences)
+            concepts, tokens = (
+                max(concepts, distinct.size),
+                max(tokens, concept_length_C[distinct].sum()),
+            )
+        concept_row_length = max(concept_row_length, int(concept_length_C.max(initial=1)))
+        concept_rows = _round_up(math.ceil(_HEADROOM * tokens / concept_row_length), row_multiple)
+        return Shapes(
+            rows=rows,
+            row_length=row_length,
+            pairs_per_row=_round_up(math.ceil(_HEADROOM * pairs), 8),
+            concept_rows=concept_rows,
+            concept_row_length=concept_row_length,
+            concepts_per_row=math.ceil(_HEADROOM * concepts / concept_rows),
+        )
+
+
+def _visits(corpus: Corpus, weights: dict[str, float], seed: int) -> np.ndarray:
+    """The sequences of one epoch: each source as often as its weight says, int64 [M]."""
+    keys_W = np.random.Generator(np.random.Philox(key=[seed, 2**63])).random(corpus.source_W.size)
+    weight_W = np.array([weights.get(name, 1.0) for name in corpus.source_names])[corpus.source_W]
+    copies_W = np.floor(weight_W) + (keys_W < weight_W % 1)
+    return np.repeat(np.arange(corpus.source_W.size), copies_W.astype(np.int64))
+
+
+def _pair_ranges(corpus: Corpus, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First pair and number of pairs of each sequence."""
+    first_N = np.asarray(corpus.pair_offsets_W1[sequences])
+    return first_N, np.asarray(corpus.pair_offsets_W1[sequences + 1]) - first_N
+
+
+def _distinct_concepts(corpus: Corpus, sequences: np.ndarray) -> np.ndarray:
+    """The distinct concept ids of these sequences, ascending: int64 [N]."""
+    return np.unique(
+        corpus.pair_concepts_P[ragged.ranges(*_pair_ranges(corpus, sequences))]
+    ).astype(np.int64)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-int(value) // multiple) * multiple

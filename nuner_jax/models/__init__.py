@@ -1,0 +1,1 @@
+"""Encoders, towers and heads (Flax NNX modules)."""

@@ -1,0 +1,228 @@
+"""One Transformer encoder for RoBERTa, BERT (MiniLM included) and XLM-R, as a Flax NNX module.
+
+The three families share one post-norm architecture (Vaswani et al. 2017, in the form of BERT,
+Devlin et al. 2019) and differ in data alone: table sizes, the row at which positions start, and
+the epsilon of LayerNorm.
+
+Axis names: B rows of a batch, L tokens of a row, D hidden size, H heads, K = D / H, F inner size
+of the MLP.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nuner_jax.errors import NunerError
+from nuner_jax.models.encoder_config import EncoderConfig
+
+__all__ = ["Encoder", "EncoderConfig", "positions_from_segments"]
+
+INITIALIZER_STDDEV = 0.02  # As in BERT.
+
+
+def positions_from_segments(segments_BxL: jax.Array) -> jax.Array:
+    """The place of every token within its own segment, from 0; padding gets 0.
+
+    [B,L] int32 -> [B,L] int32. A segment is a run of equal ids; an id must not return later in
+    the same row.
+    """
+    index_L = jnp.arange(segments_BxL.shape[1], dtype=jnp.int32)
+    previous_BxL = jnp.pad(segments_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BxL = jnp.where(segments_BxL != previous_BxL, index_L, 0)
+    positions_BxL = index_L - jax.lax.cummax(starts_BxL, axis=1)
+    # A long run of padding would leave the position table, and reading outside of it gives NaN.
+    return jnp.where(segments_BxL > 0, positions_BxL, 0)
+
+
+class Embeddings(nnx.Module):
+    """Word, position and token type vectors, summed in f32 and normalised."""
+
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.position_offset = config.position_offset
+        self.word = _embedding(config.vocab_size, config, rngs)
+        self.position = _embedding(config.max_positions, config, rngs)
+        self.type = _embedding(config.type_vocab_size, config, rngs)
+        self.norm = _layer_norm(config, dtype, rngs)
+
+    def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
+        words_BxLxD = self.word(tokens_BxL)
+        positions_BxLxD = self.position(positions_BxL + self.position_offset)
+        type_D = self.type.embedding[0]  # Single sentences only: every token is of type 0.
+        return self.norm(words_BxLxD + positions_BxLxD + type_D)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values.
+
+    The softmax is f32 in both implementations. There is no dropout of the attention probabilities:
+    the fused kernels have none, and the choice of a kernel must not change what is trained.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs
+    ):
+        heads = (config.num_heads, config.hidden_size // config.num_heads)
+        self.implementation = implementation
+        self.qkv = _dense(config.hidden_size, (3, *heads), dtype, rngs)
+        self.out = _dense(heads, config.hidden_size, dtype, rngs)
+
+    def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
+        qkv_BxLx3xHxK = self.qkv(x_BxLxD)
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
+        heads_BxLxHxK = jax.nn.dot_product_attention(
+            q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask_Bx1xLxL, implementation=self.implementation
+        )
+        return self.out(heads_BxLxHxK)
+
+
+class MLP(nnx.Module):
+    """Two dense layers with the exact GELU between them."""
+
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = _dense(config.hidden_size, config.intermediate_size, dtype, rngs)
+        self.down = _dense(config.intermediate_size, config.hidden_size, dtype, rngs)
+
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x_BxLxD), approximate=False))
+
+
+class Layer(nnx.Module):
+    """One post-norm layer: attention, then MLP, each added to its input and normalised."""
+
+    def __init__(
+        self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs
+    ):
+        self.dropout = config.dropout
+        self.attention = Attention(config, dtype=dtype, implementation=implementation, rngs=rngs)
+        self.attention_norm = _layer_norm(config, dtype, rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = _layer_norm(config, dtype, rngs)
+
+    def __call__(
+        self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        attended_BxLxD = self.attention(x_BxLxD, mask_Bx1xLxL)
+        attended_BxLxD = _dropout(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
+        x_BxLxD = self.attention_norm(x_BxLxD + attended_BxLxD)
+        mapped_BxLxD = _dropout(self.mlp(x_BxLxD), self.dropout, _fold_in(dropout_key, 1))
+        return self.mlp_norm(x_BxLxD + mapped_BxLxD)
+
+
+class Encoder(nnx.Module):
+    """Token ids to one vector per token; padded and packed rows take the same path.
+
+    Parameters are f32 and the only state: dropout keys come with the call. `dtype` (bf16 or f32)
+    is that of the matrix products and of the result; LayerNorm statistics and softmax are f32
+    whatever it is. f32 on a TPU or GPU is as exact as `jax_default_matmul_precision` allows.
+
+    `attention_implementation` is "xla", or "cudnn" (flash attention on a GPU, bf16 only), as in
+    `jax.nn.dot_product_attention`. Raises NunerError for any other name, and for "cudnn" with f32.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        attention_implementation: str = "xla",
+    ):
+        _check_attention(attention_implementation, dtype)
+        self.config = config
+        self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            Layer(config, dtype=dtype, implementation=attention_implementation, rngs=rngs)
+            for _ in range(config.num_layers)
+        )
+
+    def __call__(
+        self,
+        tokens_BxL: jax.Array,
+        segments_BxL: jax.Array,
+        positions_BxL: jax.Array | None = None,
+        *,
+        stop_gradient_layers: int = 0,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Encodes a batch of rows.
+
+        Args:
+          tokens_BxL: int32 token ids.
+          segments_BxL: int32, 0 for padding, 1 and up for the sentences packed into the row. A
+            token attends to its own segment only, padding to padding (its vectors are finite and
+            meaningless).
+          positions_BxL: int32 place of each token within its segment, from 0, below
+            `config.max_length` (beyond the table the vectors are NaN, never those of another
+            place); `positions_from_segments` by default.
+          stop_gradient_layers: the embeddings and this many bottom layers are cut from the backward
+            pass; 0 cuts nothing. Static.
+          dropout_key: turns dropout on (rate `config.dropout`); None is the deterministic model.
+
+        Returns: hidden_BxLxD, of the compute dtype.
+        Raises: NunerError if there are not as many layers to cut.
+        """
+        if not 0 <= stop_gradient_layers <= len(self.layers):
+            raise NunerError(
+                f"{stop_gradient_layers} layers to freeze, but the encoder has {len(self.layers)}: "
+                f"choose 0 to {len(self.layers)}"
+            )
+        if positions_BxL is None:
+            positions_BxL = positions_from_segments(segments_BxL)
+        mask_Bx1xLxL = segments_BxL[:, None, :, None] == segments_BxL[:, None, None, :]
+
+        x_BxLxD = self.embeddings(tokens_BxL, positions_BxL)
+        x_BxLxD = _dropout(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0))
+        for number, layer in enumerate(self.layers, start=1):
+            x_BxLxD = layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number))
+            if number == stop_gradient_layers:
+                x_BxLxD = jax.lax.stop_gradient(x_BxLxD)
+        return x_BxLxD
+
+
+def _check_attention(implementation: str, dtype: jnp.dtype) -> None:
+    if implementation not in ("xla", "cudnn"):
+        raise NunerError(
+            f"attention_implementation {implementation!r} is unknown; choose 'xla' or 'cudnn'"
+        )
+    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        raise NunerError(
+            "attention_implementation 'cudnn' computes in bfloat16, not in "
+            f"{jnp.dtype(dtype).name}; choose bfloat16, or 'xla'"
+        )
+
+
+def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    init = nnx.initializers.truncated_normal(INITIALIZER_STDDEV)
+    return nnx.Embed(rows, config.hidden_size, dtype=jnp.float32, embedding_init=init, rngs=rngs)
+
+
+def _dense(
+    inputs: int | tuple, outputs: int | tuple, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.LinearGeneral:
+    axis = tuple(range(-len(inputs), 0)) if isinstance(inputs, tuple) else -1
+    init = nnx.initializers.truncated_normal(INITIALIZER_STDDEV)
+    return nnx.LinearGeneral(inputs, outputs, axis=axis, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def _layer_norm(config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x²] - E[x]², loses digits where the mean is large beside the spread.
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        dtype=dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _fold_in(key: jax.Array | None, number: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)

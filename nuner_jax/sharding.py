@@ -1,0 +1,132 @@
+"""The device mesh, parameters placed by regex rules, and host batches made into global arrays.
+
+The mesh has three axes: `data` (batch rows), `fsdp` (batch rows, and parameters split so that each device
+holds a part of them) and `tensor` (attention heads and MLP columns split). Batches are split over the first
+two; every parameter's place follows from the first rule whose regex is found in its path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nuner_jax.errors import NunerError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of all devices; one axis may be -1, and takes what the others leave.
+
+    Raises:
+      NunerError: the product of the axes is not the number of devices.
+    """
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    open_axes = [axis for axis, size in shape.items() if size == -1]
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    bad = [axis for axis, size in shape.items() if size == 0 or size < -1]
+    if bad or len(open_axes) > 1 or devices % fixed or (not open_axes and fixed != devices):
+        raise NunerError(
+            f"config.mesh: {shape} does not fit {devices} device(s) of kind {jax.devices()[0].device_kind!r}; "
+            "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices"
+        )
+    for axis in open_axes:
+        shape[axis] = devices // fixed
+    return jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Number of parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `BATCH_AXES`; axis 0 is the micro-batch, axis 1 the rows."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def tree_paths(tree) -> dict[str, object]:
+    """The leaves of any pytree by their "/"-joined path, in tree order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def tree_shardings(mesh: Mesh, abstract_tree, rules: Sequence[tuple[str, Sequence]]):
+    """A `NamedSharding` for every leaf of a tree of shapes, by the first rule that matches its path.
+
+    Optimizer moments carry their parameter's path as a suffix, so that the same rules place them.
+
+    Args:
+      mesh: the mesh.
+      abstract_tree: pytree of `jax.ShapeDtypeStruct` (or arrays).
+      rules: pairs (regex, partition), e.g. ("qkv/kernel$", ["fsdp", None, "tensor", None]); a leaf that no
+        rule matches is replicated.
+
+    Raises:
+      NunerError: a leaf's dimension is not divisible by the mesh axis that a rule gives it, or ranks differ.
+    """
+    paths = tree_paths(abstract_tree)
+    shardings = [
+        NamedSharding(mesh, _partition(path, leaf.shape, mesh, rules))
+        for path, leaf in paths.items()
+    ]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_tree), shardings)
+
+
+def _partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
+    for pattern, axes in rules:
+        if not re.search(pattern, path):
+            continue
+        if len(axes) != len(shape):
+            raise NunerError(
+                f"config.mesh.rules: {pattern!r} gives {list(axes)} to {path}, whose shape is {shape}"
+            )
+        for dimension, axis in zip(shape, axes, strict=True):
+            parts = math.prod(
+                mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or [])
+            )
+            if dimension % parts:
+                raise NunerError(
+                    f"config.mesh: {path} of shape {shape} cannot be split into {parts} along {axis!r} "
+                    f"(rule {pattern!r}); choose a mesh whose axes divide it"
+                )
+        return P(*(axis if axis is None or isinstance(axis, str) else tuple(axis) for axis in axes))
+    return P()
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> slice:
+    """The contiguous rows of a batch that this process's devices hold (axis 1 of a [1, rows] array)."""
+    spans = [
+        index[1].indices(rows)[:2]
+        for index in sharding.addressable_devices_indices_map((1, rows)).values()
+    ]
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+
+def to_global(sharding: NamedSharding, local_batch: dict[str, np.ndarray], rows: dict[str, int]):
+    """Global arrays [A, rows, ...] of which this process gives its own rows.
+
+    Args:
+      sharding: `batch_sharding(mesh)`.
+      local_batch: name -> array [A, local rows, ...].
+      rows: name -> number of rows of the whole batch.
+    """
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, value, (value.shape[0], rows[name], *value.shape[2:])
+        )
+        for name, value in local_batch.items()
+    }

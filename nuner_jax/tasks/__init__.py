@@ -1,0 +1,23 @@
+"""Tasks: what pre-training and fine-tuning do not share."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nuner_jax.errors import NunerError
+from nuner_jax.tasks.protocol import Task
+
+
+def make_task(config: ConfigDict, mesh: Mesh) -> Task:
+    """The task that `config.task` names, its data opened and its shapes known.
+
+    Raises:
+      NunerError: an unknown task, or anything wrong with its data, weights or sizes.
+    """
+    from nuner_jax.tasks.pretrain import Pretrain
+
+    tasks = {"pretrain": Pretrain}
+    if config.task not in tasks:
+        raise NunerError(f"config.task: unknown {config.task!r}; choose one of {', '.join(tasks)}")
+    return tasks[config.task](config, mesh)

@@ -1,0 +1,321 @@
+"""Contrastive pre-training: tokens of a text against the concepts that they instantiate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nuner_jax import losses, pretrained, sharding
+from nuner_jax.data.builder import ensure_built
+from nuner_jax.data.corpus import load_corpus
+from nuner_jax.data.loader import PackedLoader
+from nuner_jax.errors import NunerError
+from nuner_jax.models import params as params_lib
+from nuner_jax.models.encoder import EncoderConfig
+from nuner_jax.models.towers import TwoTower
+from nuner_jax.tasks import retrieval
+from nuner_jax.tasks.protocol import Evaluator
+
+_CONCEPT_ROWS = 256  # concept names encoded at once in evaluation; a multiple of it where the mesh needs more
+
+
+class Pretrain:
+    """The two towers, the contrastive loss, packed batches, and evaluation by loss and retrieval."""
+
+    best_metric = "validation/loss"
+    best_is_lower = True
+    counts = ("sequences", "tokens", "concepts", "concept_tokens")
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        """Opens (or builds) the data and fixes all shapes; no parameter is made yet."""
+        self._config, self._mesh = config, mesh
+        self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
+        self.tokenizer = pretrained.load_tokenizer(pretrained.resolve(config.model.tokenizer or config.model.text))
+        for encoder in (self.text_config, self.concept_config):
+            pretrained.check_tokenizer(self.tokenizer, encoder)
+        self._check_rows()
+        data = config.data
+        options = {"validation_fraction": data.validation_fraction, "drop_concept": data.drop_concept or None}
+        cache_dir = Path(data.cache_dir).expanduser()
+        self._sources = {
+            name: ensure_built(source.path, cache_dir / "shards", **options) for name, source in data.sources.items()
+        }
+        load = functools.partial(
+            load_corpus,
+            self._sources,
+            tokenizer=self.tokenizer,
+            window=min(data.row_length, self.text_config.max_length),
+            concept_length=min(data.concept_length, self.concept_config.max_length),
+            cache_dir=cache_dir,
+        )
+        self.corpus, self.validation = load("train"), load("validation")
+        if not self.corpus.concept_names:
+            raise NunerError(f"no text of {', '.join(map(str, self._sources.values()))} has an entity to learn from")
+        make_loader = functools.partial(
+            PackedLoader,
+            row_length=data.row_length,
+            concept_row_length=data.concept_row_length,
+            row_multiple=data.row_multiple,
+            seed=config.seed,
+            pad_id=self.text_config.pad_token_id,
+        )
+        self.loader = make_loader(
+            self.corpus,
+            rows=data.rows // config.optim.accumulate,
+            weights={name: source.weight for name, source in data.sources.items()},
+        )
+        self.validation_loader = make_loader(self.validation, rows=config.eval.rows, shuffle=False)
+        self.batch_rows = _row_counts(self.loader)
+        self.steps_per_epoch = self.loader.rows_per_epoch / data.rows
+        self._abstract = jax.eval_shape(lambda: self._build(jax.random.key(0)))
+        self._graphdef = None
+
+    def _check_rows(self) -> None:
+        """Every number of rows is split evenly over the devices, or the config is refused by name."""
+        config, parts = self._config, sharding.batch_devices(self._mesh)
+        if config.data.rows % config.optim.accumulate:
+            raise NunerError(
+                f"config.data.rows = {config.data.rows} is not a multiple of "
+                f"config.optim.accumulate = {config.optim.accumulate}"
+            )
+        rows = {
+            "config.data.rows / config.optim.accumulate": config.data.rows // config.optim.accumulate,
+            "config.data.row_multiple": config.data.row_multiple,
+            "config.eval.rows": config.eval.rows,
+        }
+        for name, number in rows.items():
+            if number < 1 or number % parts:
+                raise NunerError(
+                    f"{name} = {number} cannot be split over the {parts} devices of the mesh's axes "
+                    f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
+                )
+
+    def _build(self, key: jax.Array) -> dict:
+        graphdef, params = params_lib.split(self._towers(nnx.Rngs(key)))
+        self._graphdef = graphdef
+        return params
+
+    def _towers(self, rngs: nnx.Rngs) -> TwoTower:
+        model, loss = self._config.model, self._config.loss
+        return TwoTower(
+            self.text_config,
+            self.concept_config,
+            frozen_layers=model.frozen_layers,
+            concept_pooling=model.concept_pooling,
+            scale=loss.scale,
+            bias=loss.bias,
+            dtype=jnp.dtype(model.dtype),
+            attention=model.attention,
+            rngs=rngs,
+        )
+
+    def init_params(self, key: jax.Array) -> dict:
+        return self._build(key)
+
+    def pretrained_params(self, abstract_params: dict) -> dict:
+        towers = {}
+        for tower, encoder in (("text", self.text_config), ("concept", self.concept_config)):
+            folder = pretrained.resolve(self._config.model[tower])
+            towers[tower] = pretrained.load_encoder(folder, encoder, abstract_params[tower])
+        return towers
+
+    def is_frozen(self, path: str) -> bool:
+        tower, _, rest = path.partition("/")
+        if tower == "text":
+            part, _, rest = rest.partition("/")
+            frozen_layers = self._config.model.frozen_layers
+            return frozen_layers > 0 and (part == "embeddings" or int(rest.partition("/")[0]) < frozen_layers)
+        learned = {"logit/log_scale": self._config.loss.learn_scale, "logit/bias": self._config.loss.learn_bias}
+        return not learned.get(path, True)
+
+    def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+        towers = params_lib.merge(self._graphdef, params)
+        text_key, concept_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        scale, bias = towers.logit()
+        sums = losses.contrastive_loss(
+            self._mesh,
+            towers.token_vectors(batch["tokens"], batch["segments"], text_key),
+            batch["scored"],
+            towers.concept_vectors(
+                batch["concept_tokens"], batch["concept_segments"], batch["concept_ids"].shape[1], concept_key
+            ),
+            batch["concept_ids"],
+            batch["pair_positions"],
+            batch["pair_concepts"],
+            scale,
+            bias,
+            chunk=self._config.loss.chunk,
+        )
+        counts = {
+            "tokens": batch["segments"] > 0,
+            "sequences": (batch["segments"][:, 1:] != batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0),
+            "concepts": batch["concept_ids"] >= 0,
+            "concept_tokens": batch["concept_segments"] > 0,
+            "dropped": jnp.concatenate([batch["dropped_pairs"], batch["dropped_concepts"]]),
+        }
+        sums |= {name: jnp.sum(value, dtype=jnp.float32) for name, value in counts.items()}
+        sums["sequences"] += jnp.sum(batch["segments"][:, 0] > 0, dtype=jnp.float32)
+        return sums | {"weight": sums[self._config.loss.normaliser], "scale": scale, "bias": bias, "parts": 1.0}
+
+    def metrics(self, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        positives, pairs, parts = (jnp.maximum(sums[name], 1.0) for name in ("positives", "pairs", "parts"))
+        return {
+            "loss": sums["loss"] / jnp.maximum(sums["weight"], 1.0),
+            "positive_logit": sums["positive_logits"] / positives,
+            "positive_rate": sums["positives"] / pairs,
+            "logit_scale": sums["scale"] / parts,
+            "logit_bias": sums["bias"] / parts,
+            "tokens": sums["tokens"],
+            "sequences": sums["sequences"],
+            "concepts": sums["concepts"],
+            "concept_tokens": sums["concept_tokens"],
+            "dropped": sums["dropped"],
+        }
+
+    def train_batch(self, step: int, local_rows: Callable[[int], slice]) -> dict[str, np.ndarray]:
+        accumulate = self._config.optim.accumulate
+        shapes = self.loader.shapes
+        text, concepts = local_rows(shapes.rows), local_rows(shapes.concept_rows)
+        parts = [self.loader.batch(step * accumulate + part, text, concepts) for part in range(accumulate)]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {"validation": self._evaluate_loss, "retrieval": self._evaluate_retrieval}
+
+    def _validation_batches(self) -> Iterable[dict[str, jax.Array]]:
+        """The batches of the validation split, one after another, as global arrays."""
+        loader, rows = self.validation_loader, _row_counts(self.validation_loader)
+        place = sharding.batch_sharding(self._mesh)
+        local = [sharding.local_rows(place, n) for n in (loader.shapes.rows, loader.shapes.concept_rows)]
+        for index in range(min(loader.num_batches, self._config.eval.batches or loader.num_batches)):
+            batch = {name: value[None] for name, value in loader.batch(index, *local).items()}
+            yield sharding.to_global(place, batch, rows)
+
+    @functools.cached_property
+    def _loss_step(self) -> Callable:
+        return jax.jit(
+            lambda params, batch: self.sums(params, jax.tree.map(lambda x: x[0], batch), None),
+            out_shardings=sharding.replicated(self._mesh),
+        )
+
+    @functools.cached_property
+    def _concept_step(self) -> Callable:
+        def encode(params, tokens_1xQxK, segments_1xQxK):
+            towers = params_lib.merge(self._graphdef, params)
+            return towers.concept_vectors(tokens_1xQxK[0], segments_1xQxK[0], 1)[:, 0]
+
+        return jax.jit(encode, out_shardings=sharding.replicated(self._mesh))
+
+    @functools.cached_property
+    def _rank_step(self) -> Callable:
+        def rank(params, concepts_NxD, batch):
+            towers = params_lib.merge(self._graphdef, params)
+            tokens_RxLxD = towers.token_vectors(batch["tokens"][0], batch["segments"][0])
+            return retrieval.retrieval_sums(
+                self._mesh, tokens_RxLxD, concepts_NxD, batch["pair_positions"][0], batch["pair_concepts"][0]
+            )
+
+        return jax.jit(rank, out_shardings=sharding.replicated(self._mesh))
+
+    def _evaluate_loss(self, params: dict) -> Iterable[tuple[str, float]]:
+        total = _add_up(self._loss_step(params, batch) for batch in self._validation_batches())
+        metrics = self.metrics(total)
+        yield from ((name, float(metrics[name])) for name in ("loss", "positive_logit"))
+
+    def _evaluate_retrieval(self, params: dict) -> Iterable[tuple[str, float]]:
+        place = sharding.batch_sharding(self._mesh)
+        rows = -(-_CONCEPT_ROWS // sharding.batch_devices(self._mesh)) * sharding.batch_devices(self._mesh)
+        mine = sharding.local_rows(place, rows)
+        vectors = []
+        for arrays in retrieval.concept_batches(self.validation, rows, self.concept_config.pad_token_id):
+            local = {str(i): array[None, mine] for i, array in enumerate(arrays)}
+            vectors.append(self._concept_step(params, *sharding.to_global(place, local, {"0": rows, "1": rows}).values()))
+        count = len(self.validation.concept_names)
+        if not count:
+            return
+        concepts_NxD = jnp.concatenate(vectors)[:count]
+        total = _add_up(self._rank_step(params, concepts_NxD, batch) for batch in self._validation_batches())
+        pairs = max(float(total["pairs"]), 1.0)
+        yield "top1", float(total["top1"]) / pairs
+        yield "mrr", float(total["reciprocal_rank"]) / pairs
+        yield "concepts", float(count)
+
+    def describe(self) -> Iterable[str]:
+        for split, corpus in (("train", self.corpus), ("validation", self.validation)):
+            report = corpus.report
+            yield (
+                f"{split}: {report['texts']:,} texts, {report['tokens']:,} tokens in {report['sequences']:,} sequences, "
+                f"{report['mentions']:,} mentions of {report['concepts']:,} concepts"
+            )
+            for name in ("texts_split", "cuts_through_mentions", "cuts_in_words", "mentions_without_tokens"):
+                if report.get(name):
+                    yield f"{split}: {name.replace('_', ' ')}: {report[name]:,}"
+            if report["concept_names_cut"]:
+                yield f"{split}: {report['concept_names_cut']:,} concept names cut (config.data.concept_length)"
+        yield f"packing: {self.loader.fill:.1%} of text slots filled; batch shapes {dataclasses.asdict(self.loader.shapes)}"
+        sizes = {
+            tower: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self._abstract[tower]))
+            for tower in ("text", "concept")
+        }
+        yield f"model: text tower {sizes['text']:,} parameters, concept tower {sizes['concept']:,}"
+
+    def save_assets(self, workdir: Path) -> None:
+        self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
+
+    def export_info(self) -> dict:
+        return {
+            "task": "pretrain",
+            "text": self.text_config.to_hf(),
+            "concept": self.concept_config.to_hf(),
+            "concept_pooling": self._config.model.concept_pooling,
+            "data": self.corpus.fingerprint,
+        }
+
+    def closing_lines(self, metrics: dict[str, float], workdir: Path) -> Iterable[str]:
+        if "retrieval/mrr" in metrics:
+            concepts = int(metrics["retrieval/concepts"])
+            chance = sum(1 / rank for rank in range(1, concepts + 1)) / concepts
+            yield (
+                f"A mention's token finds its concept first among {concepts:,} in {metrics['retrieval/top1']:.1%} of cases "
+                f"(chance {1 / concepts:.2%}); mean reciprocal rank {metrics['retrieval/mrr']:.3f} (chance {chance:.4f})."
+            )
+        yield "Next:"
+        yield f"  tensorboard --logdir {workdir}"
+        yield f"  python -m nuner_jax.export --checkpoint={workdir} --out=my_encoder"
+
+
+def _encoder_config(config: ConfigDict, tower: str) -> EncoderConfig:
+    """Sizes of a tower: from its pretrained folder, or from the config where training starts from scratch."""
+    if config.model.init == "scratch":
+        encoder = EncoderConfig.from_hf(config.model.encoder.to_dict())
+    else:
+        encoder = pretrained.load_encoder_config(pretrained.resolve(config.model[tower]))
+    return dataclasses.replace(encoder, dropout=config.model.dropout)
+
+
+def _row_counts(loader: PackedLoader) -> dict[str, int]:
+    """Rows of the whole batch, for each of its arrays."""
+    shapes = loader.shapes
+    text = ("tokens", "segments", "scored", "pair_positions", "pair_concepts", "dropped_pairs")
+    concepts = ("concept_tokens", "concept_segments", "concept_ids", "dropped_concepts")
+    return dict.fromkeys(text, shapes.rows) | dict.fromkeys(concepts, shapes.concept_rows)
+
+
+def _add_up(parts: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
+    """Host sums of dicts of scalars."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in jax.device_get(part).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return total

@@ -1,0 +1,221 @@
+"""Trains a model: `python -m nuner_jax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+The only training loop of the project; what is trained, and on what, is the `Task` of the config. Started
+again with the same workdir, it goes on where the latest checkpoint is, exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import optax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from nuner_jax import checkpoint, export, initialise, optim, sharding, steps, workdir as workdir_lib
+from nuner_jax import config as config_lib
+from nuner_jax.data.prefetch import Prefetch
+from nuner_jax.errors import NunerError, run_command
+from nuner_jax.preemption import StopRequest
+from nuner_jax.progress import Progress
+from nuner_jax.state import TrainState
+from nuner_jax.tasks import make_task
+from nuner_jax.tasks.protocol import Task
+from nuner_jax.writers import Console, MetricWriter, NoWriter, duration, plot_training
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes train.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, which JAX finds itself (TPU pods, SLURM).")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, and trains."""
+    if len(argv) > 1:
+        raise NunerError(f"unexpected argument {argv[1]!r}: every option begins with --")
+    config = _CONFIG.value
+    if config is None:
+        raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
+    config_lib.check(config)
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file.partition(":")[0]).stem)
+    if _COORDINATOR.value or _DISTRIBUTED.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    train(config, workdir.expanduser().absolute())
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains the task of a config to its last step, or until it is asked to stop.
+
+    Args:
+      config: see `nuner_jax.config`.
+      workdir: where checkpoints, metrics and all else goes; if it holds a checkpoint, the run resumes.
+
+    Returns:
+      The last evaluation's metrics.
+
+    Raises:
+      NunerError: bad input, named before anything is compiled; a loss that is not finite, with its step.
+    """
+    began = time.time()
+    console = Console(jax.process_index() == 0)
+    run = prepare(config, workdir, console)
+    metrics, stopped_by = loop(run, console)
+    if stopped_by:
+        console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
+    elif jax.process_index() == 0:
+        _finish(run, metrics, began, console)
+    return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that the loop needs, made and checked before it starts."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    task: Task
+    schedule: optax.Schedule
+    train_step: Callable
+    checkpoints: checkpoint.Checkpoints
+    state: TrainState
+    resumed: bool
+    total_steps: int
+
+
+def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
+    """Opens the data, places the parameters, and makes the (not yet compiled) train step."""
+    workdir_lib.make(workdir)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    console.say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    task = make_task(config, mesh)
+    for line in task.describe():
+        console.say(line)
+
+    total = config.steps if config.steps is not None else math.ceil(config.epochs * task.steps_per_epoch)
+    o = config.optim
+    schedule = optim.learning_rate(
+        o.schedule, peak=o.peak_lr, end=o.end_lr, warmup_steps=round(o.warmup * total), total_steps=total
+    )
+    optimizer = optim.make_optimizer(
+        schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+    )
+    abstract = initialise.abstract_state(task, optimizer, mesh, config.mesh.rules)
+    checkpoint.check_space(workdir, abstract, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, keep=config.checkpoint.keep, best_metric=task.best_metric, best_is_lower=task.best_is_lower
+    )
+    start = initialise.start(config, task, optimizer, checkpoints, abstract)
+    console.say(f"initialisation: {start.origin}")
+    for change in workdir_lib.write_config(config, workdir, start.resumed):
+        console.say(f"config changed since this run began: {change}")
+    if jax.process_index() == 0:
+        task.save_assets(workdir)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    train_step = steps.make_train_step(task, optimizer, shardings, mesh, config.seed)
+    return Run(
+        config, workdir, mesh, task, schedule, train_step, checkpoints, start.state, start.resumed, total
+    )
+
+
+def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
+    """Steps until the last; returns the last evaluation, and the signal that ended the loop early, if one did."""
+    config, checkpoints, state, total = run.config, run.checkpoints, run.state, run.total_steps
+    step, evaluated = int(state.step), {}
+    # A resumed step was evaluated and saved before the interruption.
+    settled = step if run.resumed else -1
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        writer = MetricWriter(run.workdir, step if run.resumed else None) if console.active else NoWriter()
+        stack.callback(writer.close)
+        stack.callback(checkpoints.close)
+        batches = Prefetch(functools.partial(_global_batch, run), step, total, config.data.prefetch)
+        stack.callback(batches.close)
+        progress = Progress(
+            step=step,
+            total=total,
+            log_every=config.log_every,
+            counts=run.task.counts,
+            learning_rate=run.schedule,
+            waited=lambda: batches.waited,
+            last_good=lambda: _last_good(checkpoints),
+            writer=writer,
+            console=console,
+        )
+        console.say(f"training from step {step:,} to {total:,}, {run.task.steps_per_epoch:,.1f} steps an epoch")
+        while True:
+            # The order matters: a step's numbers, its evaluation, then its checkpoint, which vouches for both.
+            last = step >= total
+            stopped_by = None if last else stop.reached(step)
+            evaluating = step > settled and (last or step % config.eval.every == 0)
+            saving = step > settled and (last or stopped_by or (step > 0 and step % config.checkpoint.every == 0))
+            with progress.paused():
+                if evaluating or saving:
+                    progress.flush()
+                if evaluating:
+                    evaluated = _evaluate(run.task, state.params)
+                    progress.evaluated(step, evaluated)
+                if saving:
+                    checkpoints.save(state, evaluated if evaluating else {}, run.task.export_info())
+            if last or stopped_by:
+                break
+            state, metrics = run.train_step(state, batches.get())
+            step += 1
+            progress.step(step, metrics)
+        checkpoints.wait()
+        return evaluated or checkpoints.metrics(step), stopped_by
+
+
+def _global_batch(run: Run, step: int) -> dict[str, jax.Array]:
+    """The batch of a step on the devices: each process gathers its own rows."""
+    place = sharding.batch_sharding(run.mesh)
+    batch = run.task.train_batch(step, lambda rows: sharding.local_rows(place, rows))
+    return sharding.to_global(place, batch, run.task.batch_rows)
+
+
+def _evaluate(task: Task, params: dict) -> dict[str, float]:
+    """All evaluations of a task: "evaluation/metric" -> value."""
+    return {
+        f"{name}/{metric}": value
+        for name, evaluator in task.evaluators().items()
+        for metric, value in evaluator(params)
+    }
+
+
+def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
+    checkpoints.wait()
+    if checkpoints.latest is None:
+        return "No checkpoint was saved before it."
+    return f"The last good checkpoint is {checkpoints.path(checkpoints.latest)}."
+
+
+def _finish(run: Run, metrics: dict[str, float], began: float, console: Console) -> None:
+    """Writes result, plot and export, and tells what was made, where, and what to do next."""
+    made = {"result": workdir_lib.write_result(run.workdir, run.config, metrics, run.task.export_info(), began)}
+    if run.config.plot:
+        made["plot"] = run.workdir / "training.png"
+        plot_training(run.workdir, made["plot"])
+    made["best checkpoint"] = run.checkpoints.path(run.checkpoints.best)
+    if run.config.export:
+        made["Hugging Face folder"] = run.workdir / "export"
+        export.export(made["best checkpoint"], made["Hugging Face folder"])
+    console.say()
+    console.say(f"Trained to step {run.total_steps:,} in {duration(time.time() - began)} (this start).")
+    for name, path in made.items():
+        console.say(f"  {name + ':':<22}{path}")
+    for line in run.task.closing_lines(metrics, run.workdir):
+        console.say(line)
+
+
+if __name__ == "__main__":
+    run_command(main)

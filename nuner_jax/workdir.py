@@ -1,0 +1,75 @@
+"""The folder of a run: its config, its result, and the checks that it can be written."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+import nuner_jax
+from nuner_jax import config as config_lib
+from nuner_jax.errors import NunerError
+
+_CONFIG_FILE = "config.json"
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
+
+
+def make(workdir: Path) -> None:
+    """Makes the folder, and writes to it once.
+
+    Raises:
+      NunerError: it cannot be made or written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{jax.process_index()}"
+        probe.write_text("written to see whether it can be\n")
+        probe.unlink()
+    except OSError as error:
+        raise NunerError(f"--workdir={workdir} cannot be written: {error}") from error
+
+
+def write_config(config: ConfigDict, workdir: Path, resumed: bool) -> list[str]:
+    """Writes the resolved config; returns what it changes, where the run resumes under another one."""
+    path = workdir / _CONFIG_FILE
+    changes = config_lib.difference(config, path) if resumed and path.exists() else []
+    if jax.process_index() == 0:
+        config_lib.save(config, path)
+    return changes
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config that a run was trained with.
+
+    Raises:
+      NunerError: the folder has none.
+    """
+    path = workdir / _CONFIG_FILE
+    if not path.exists():
+        raise NunerError(f"{path} does not exist: is {workdir} the workdir of a run?")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def write_result(workdir: Path, config: ConfigDict, metrics: dict[str, float], info: dict, began: float) -> Path:
+    """Writes result.json: the numbers, and all that is needed to get them again."""
+    path = workdir / "result.json"
+    result = {
+        "metrics": metrics,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "config": json.loads(config.to_json_best_effort()),
+        "seed": config.seed,
+        "data_fingerprint": info["data"],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version(), "nuner_jax": nuner_jax.__version__}
+        | {name: metadata.version(name) for name in _LIBRARIES},
+        "seconds_of_last_start": round(time.time() - began, 1),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path

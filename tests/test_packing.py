@@ -1,0 +1,83 @@
+"""Packing: every sequence once, nothing overlaps, rows nearly full, and the plan a function of (seed, epoch)."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nuner_jax.data import packing, ragged
+from nuner_jax.errors import NunerError
+
+
+def check_plan(lengths: np.ndarray, row_length: int) -> packing.Slots:
+    """The slots are those of the lengths, lie inside their rows, and never overlap."""
+    slots = packing.plan_slots(lengths, row_length)
+    assert sorted(slots.length_M) == sorted(lengths)
+    used = np.zeros((slots.num_rows, row_length), int)
+    for row, offset, length in zip(slots.row_M, slots.offset_M, slots.length_M, strict=True):
+        assert offset + length <= row_length
+        used[row, offset : offset + length] += 1
+    assert used.max(initial=0) <= 1
+    assert (used.sum(axis=1) > 0).all(), "no row is empty"
+    return slots
+
+
+@given(st.lists(st.integers(1, 24), max_size=200), st.integers(24, 40))
+def test_any_lengths_are_packed_without_overlap(lengths, row_length):
+    check_plan(np.array(lengths, int), row_length)
+
+
+def test_sentence_like_lengths_fill_99_percent():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.gamma(4, 8, 5000).astype(int) + 3, 3, 128)
+    assert check_plan(lengths, 128).fill > 0.99
+
+
+def test_each_epoch_visits_every_sequence_once_in_another_arrangement():
+    lengths = np.random.default_rng(1).integers(3, 30, 500)
+    slots = packing.plan_slots(lengths, 64)
+    by_length = np.argsort(lengths, kind="stable")
+    epochs = [packing.assign(slots, by_length, lengths, seed=5, epoch=epoch) for epoch in range(3)]
+    for sequence_in_slot in epochs:
+        assert sorted(sequence_in_slot) == list(range(500))
+        np.testing.assert_array_equal(lengths[sequence_in_slot], slots.length_M)
+    assert (epochs[0] != epochs[1]).mean() > 0.8
+    np.testing.assert_array_equal(epochs[2], packing.assign(slots, by_length, lengths, seed=5, epoch=2))
+    assert (epochs[0] != packing.assign(slots, by_length, lengths, seed=6, epoch=0)).mean() > 0.8
+
+
+def test_rows_are_visited_in_another_order_each_epoch():
+    orders = [packing.shuffled_rows(100, 0, epoch) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert (orders[0] != orders[1]).mean() > 0.8
+
+
+@pytest.mark.parametrize("lengths", [[5, 65], [0, 3]])
+def test_a_sequence_that_fits_no_row_is_refused_by_name(lengths):
+    with pytest.raises(NunerError, match=r"row_length"):
+        packing.plan_slots(np.array(lengths), 64)
+
+
+@given(st.lists(st.integers(1, 20), max_size=120), st.integers(1, 12))
+def test_dealing_gives_rows_alike_and_sequences_apart(lengths, num_rows):
+    lengths = np.array(lengths, int)
+    row, slot, offset = packing.deal(lengths, num_rows)
+    for r in range(num_rows):
+        mine = row == r
+        assert sorted(slot[mine]) == list(range(mine.sum()))
+        assert mine.sum() in (len(lengths) // num_rows, -(-len(lengths) // num_rows))
+        order = np.argsort(slot[mine])
+        np.testing.assert_array_equal(offset[mine][order], ragged.offsets(lengths[mine][order])[:-1])
+
+
+def test_dealt_totals_differ_by_no_more_than_the_longest():
+    lengths = np.random.default_rng(2).integers(3, 20, 400)
+    row, _, _ = packing.deal(lengths, 16)
+    totals = np.bincount(row, lengths)
+    assert totals.max() - totals.min() <= lengths.max()
+
+
+def test_ranges_and_offsets():
+    np.testing.assert_array_equal(ragged.ranges([5, 0, 9], [2, 0, 3]), [5, 6, 9, 10, 11])
+    np.testing.assert_array_equal(ragged.offsets([2, 0, 3]), [0, 2, 2, 5])
+    assert ragged.ranges([], []).size == 0
