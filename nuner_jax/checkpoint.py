@@ -179,8 +179,12 @@ def check_leaves(folder: Path, name: str, abstract_tree) -> None:
         raise NunerError(f"{folder} holds no {name}: it is not a checkpoint of this program's training")
     there, here = tree_paths(saved[name]), tree_paths(abstract_tree)
     shape = lambda leaf: tuple(getattr(leaf, "shape", ()))  # noqa: E731
-    lines = [f"  {path}: in the model {shape(here[path])}, not in the checkpoint" for path in here.keys() - there.keys()]
-    lines += [f"  {path}: in the checkpoint {shape(there[path])}, not in the model" for path in there.keys() - here.keys()]
+    lines = [
+        f"  {path}: in the model {shape(here[path])}, not in the checkpoint" for path in here.keys() - there.keys()
+    ]
+    lines += [
+        f"  {path}: in the checkpoint {shape(there[path])}, not in the model" for path in there.keys() - here.keys()
+    ]
     lines += [
         f"  {path}: {shape(there[path])} in the checkpoint, {shape(here[path])} in the model"
         for path in here.keys() & there.keys()
@@ -211,9 +215,9 @@ def check_space(workdir: Path, state: TrainState, keep: int) -> None:
 
 def _donatable(tree):
     """Copies into buffers that XLA owns: those that Orbax filled may not be donated to a step."""
-    return jax.jit(lambda t: jax.tree.map(lambda x: x.copy(), t), out_shardings=jax.tree.map(lambda x: x.sharding, tree))(
-        tree
-    )
+    return jax.jit(
+        lambda t: jax.tree.map(lambda x: x.copy(), t), out_shardings=jax.tree.map(lambda x: x.sharding, tree)
+    )(tree)
 
 
 def _reading(folder: Path):

@@ -15,9 +15,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
     Anything else keeps its traceback, because it is a defect of the program and not of its input.
     """
-    from absl import app
+    from absl import app, flags, logging
 
     def guarded(argv: Sequence[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:  # --verbosity=0 shows what the libraries have to say
+            logging.set_verbosity(logging.WARNING)
         try:
             return main(argv)
         except NunerError as error:

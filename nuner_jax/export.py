@@ -43,7 +43,9 @@ def export(folder: Path, out: Path) -> None:
     """
     info = checkpoint.read_info(folder)
     if info.get("task") != "pretrain":
-        raise NunerError(f"{folder} is a checkpoint of the task {info.get('task')!r}: only pre-training has towers to export")
+        raise NunerError(
+            f"{folder} is a checkpoint of the task {info.get('task')!r}: only pre-training has towers to export"
+        )
     params = checkpoint.load_params(folder)
     scale, bias = (float(params["logit"][name]) for name in ("log_scale", "bias"))
     # Written beside and then renamed, so that nobody reads half a model.
@@ -58,7 +60,9 @@ def export(folder: Path, out: Path) -> None:
         shutil.copytree(folder.parent.parent / "tokenizer", partial / "concept")
         pretrained.save_encoder(partial / "concept", EncoderConfig.from_hf(info["concept"]), params["concept"])
         joined = {"log_scale": scale, "bias": bias, "concept_pooling": info["concept_pooling"]}
-        (partial / "nuner.json").write_text(json.dumps(joined | {"data": info["data"], "step": int(folder.name)}, indent=2))
+        (partial / "nuner.json").write_text(
+            json.dumps(joined | {"data": info["data"], "step": int(folder.name)}, indent=2)
+        )
         (partial / "README.md").write_text(_CARD.format(step=folder.name, data=info["data"]))
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)

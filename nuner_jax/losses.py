@@ -115,24 +115,18 @@ def contrastive_loss(
     )
 
 
-def _local_sums(
-    tokens, scored, concepts_qxSxD, ids_qxS, pair_positions, pair_concepts, scale, bias, *, chunk
-):
+def _local_sums(tokens, scored, concepts_qxSxD, ids_qxS, pair_positions, pair_concepts, scale, bias, *, chunk):
     """One device's tokens against the concepts of all devices: the all-gather here is the loss's only one."""
     depth = tokens.shape[-1]
     concepts_NxD = jax.lax.all_gather(concepts_qxSxD.reshape(-1, depth), BATCH_AXES, tiled=True)
     ids_N = jax.lax.all_gather(ids_qxS.reshape(-1), BATCH_AXES, tiled=True)
     counted_N, pair_columns = _first_occurrences(ids_N, pair_concepts)
 
-    dense = _dense_softplus(
-        tokens.reshape(-1, depth), scored.reshape(-1), concepts_NxD, counted_N, scale, bias, chunk
-    )
+    dense = _dense_softplus(tokens.reshape(-1, depth), scored.reshape(-1), concepts_NxD, counted_N, scale, bias, chunk)
     valid_rxP = (pair_positions >= 0) & (pair_columns >= 0)
     pair_tokens = jnp.take_along_axis(tokens, jnp.maximum(pair_positions, 0)[:, :, None], axis=1)
     pair_vectors = concepts_NxD[jnp.maximum(pair_columns, 0)]
-    dots_rxP = jnp.einsum(
-        "rpd,rpd->rp", pair_tokens, pair_vectors, preferred_element_type=jnp.float32
-    )
+    dots_rxP = jnp.einsum("rpd,rpd->rp", pair_tokens, pair_vectors, preferred_element_type=jnp.float32)
     positive_logits = jnp.sum(jnp.where(valid_rxP, scale * dots_rxP + bias, 0.0))
     sums = {
         "loss": dense - positive_logits,
@@ -158,9 +152,7 @@ def _dense_softplus(tokens_TxD, scored_T, concepts_NxD, counted_N, scale, bias, 
     """sum_t sum_c softplus(s_tc) over scored tokens and counted concepts, a chunk of concepts at a time."""
 
     def chunk_sum(concepts_CxD, counted_C):
-        dots_TxC = jnp.einsum(
-            "td,cd->tc", tokens_TxD, concepts_CxD, preferred_element_type=jnp.float32
-        )
+        dots_TxC = jnp.einsum("td,cd->tc", tokens_TxD, concepts_CxD, preferred_element_type=jnp.float32)
         softplus_TxC = jax.nn.softplus(scale * dots_TxC + bias)
         return jnp.sum(jnp.where(scored_T[:, None] & counted_C[None, :], softplus_TxC, 0.0))
 

@@ -7,9 +7,7 @@ import optax
 from nuner_jax.errors import NunerError
 
 
-def learning_rate(
-    schedule: str, *, peak: float, end: float, warmup_steps: int, total_steps: int
-) -> optax.Schedule:
+def learning_rate(schedule: str, *, peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to `peak`, then decay to `end` at `total_steps`.
 
     Args:
@@ -22,16 +20,12 @@ def learning_rate(
     """
     decay_steps = max(1, total_steps - warmup_steps)
     decays = {
-        "cosine": lambda: optax.cosine_decay_schedule(
-            peak, decay_steps, alpha=end / peak if peak else 0.0
-        ),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak if peak else 0.0),
         "linear": lambda: optax.linear_schedule(peak, end, decay_steps),
         "constant": lambda: optax.constant_schedule(peak),
     }
     if schedule not in decays:
-        raise NunerError(
-            f"config.optim.schedule: unknown {schedule!r}; choose one of {', '.join(decays)}"
-        )
+        raise NunerError(f"config.optim.schedule: unknown {schedule!r}; choose one of {', '.join(decays)}")
     warmup = optax.linear_schedule(0.0, peak, max(1, warmup_steps))
     return optax.join_schedules([warmup, decays[schedule]()], [warmup_steps])
 

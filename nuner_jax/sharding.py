@@ -79,10 +79,7 @@ def tree_shardings(mesh: Mesh, abstract_tree, rules: Sequence[tuple[str, Sequenc
       NunerError: a leaf's dimension is not divisible by the mesh axis that a rule gives it, or ranks differ.
     """
     paths = tree_paths(abstract_tree)
-    shardings = [
-        NamedSharding(mesh, _partition(path, leaf.shape, mesh, rules))
-        for path, leaf in paths.items()
-    ]
+    shardings = [NamedSharding(mesh, _partition(path, leaf.shape, mesh, rules)) for path, leaf in paths.items()]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_tree), shardings)
 
 
@@ -91,13 +88,9 @@ def _partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
         if not re.search(pattern, path):
             continue
         if len(axes) != len(shape):
-            raise NunerError(
-                f"config.mesh.rules: {pattern!r} gives {list(axes)} to {path}, whose shape is {shape}"
-            )
+            raise NunerError(f"config.mesh.rules: {pattern!r} gives {list(axes)} to {path}, whose shape is {shape}")
         for dimension, axis in zip(shape, axes, strict=True):
-            parts = math.prod(
-                mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or [])
-            )
+            parts = math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or []))
             if dimension % parts:
                 raise NunerError(
                     f"config.mesh: {path} of shape {shape} cannot be split into {parts} along {axis!r} "
@@ -109,10 +102,7 @@ def _partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:
     """The contiguous rows of a batch that this process's devices hold (axis 1 of a [1, rows] array)."""
-    spans = [
-        index[1].indices(rows)[:2]
-        for index in sharding.addressable_devices_indices_map((1, rows)).values()
-    ]
+    spans = [index[1].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((1, rows)).values()]
     return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
@@ -125,8 +115,6 @@ def to_global(sharding: NamedSharding, local_batch: dict[str, np.ndarray], rows:
       rows: name -> number of rows of the whole batch.
     """
     return {
-        name: jax.make_array_from_process_local_data(
-            sharding, value, (value.shape[0], rows[name], *value.shape[2:])
-        )
+        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0], rows[name], *value.shape[2:]))
         for name, value in local_batch.items()
     }

@@ -25,9 +25,7 @@ class TrainState:
     opt_state: object
 
 
-def partition(
-    params: dict, is_frozen: Callable[[str], bool]
-) -> tuple[dict[str, object], dict[str, object]]:
+def partition(params: dict, is_frozen: Callable[[str], bool]) -> tuple[dict[str, object], dict[str, object]]:
     """Divides a nested dict into (trained, frozen), each flat: "/"-joined path -> leaf."""
     paths = flatten(params)
     frozen = {path: leaf for path, leaf in paths.items() if is_frozen(path)}

@@ -30,9 +30,7 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation) -> Train
 def new_state(task: Task, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
     """The state before the first step: optimizer memory for the trained parameters alone."""
     trained, _ = partition(params, task.is_frozen)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(trained)
-    )
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(trained))
 
 
 def state_shardings(mesh: Mesh, state: TrainState, rules) -> TrainState:

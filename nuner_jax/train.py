@@ -123,9 +123,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
         task.save_assets(workdir)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = steps.make_train_step(task, optimizer, shardings, mesh, config.seed)
-    return Run(
-        config, workdir, mesh, task, schedule, train_step, checkpoints, start.state, start.resumed, total
-    )
+    return Run(config, workdir, mesh, task, schedule, train_step, checkpoints, start.state, start.resumed, total)
 
 
 def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:

@@ -120,7 +120,9 @@ def plot_training(workdir: Path, out: Path) -> None:
         for name, label in curves.items():
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3
+                )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -96,9 +96,7 @@ TOP_LEVEL = {"nuner_jax", "configs", "launch", "tests"} | {
     "CITATION.cff",
 }
 # In setup.py although nuner_jax never imports them.
-INDIRECT = {
-    "array-record": "TFDS imports it to read and write shards, and requires it on Linux only"
-}
+INDIRECT = {"array-record": "TFDS imports it to read and write shards, and requires it on Linux only"}
 
 
 # --- Reading the tree --------------------------------------------------------------------------
@@ -153,9 +151,7 @@ def layer_complaints(graph: dict[str, set[str]], layers: dict[str, set[str]]) ->
     rank[""] = len(layers)  # the package itself lies under everything
     names = [*layers, "the package itself"]
     complaints = [f"{m}: in no layer; add it to LAYERS" for m in sorted(graph.keys() - rank.keys())]
-    complaints += [
-        f"{m}: no such module; take it out of LAYERS" for m in sorted(rank - graph.keys())
-    ]
+    complaints += [f"{m}: no such module; take it out of LAYERS" for m in sorted(rank - graph.keys())]
     for module, targets in graph.items():
         for target in sorted(targets):
             if rank.get(target, 99) < rank.get(module, 0):
@@ -217,9 +213,7 @@ def size_complaints(package: pathlib.Path) -> list[str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
-                    complaints.append(
-                        f"{module}.{node.name}: {lines} lines, more than {MAX_FUNCTION_LINES}"
-                    )
+                    complaints.append(f"{module}.{node.name}: {lines} lines, more than {MAX_FUNCTION_LINES}")
     return complaints
 
 

@@ -234,9 +234,7 @@ def missing_paths(command: str) -> list[str]:
         modules.append("nuner_jax." + words[words.index("launch/local.sh") + 1])
     for module in modules:
         path = ROOT / module.replace(".", "/")
-        if module.startswith("nuner_jax") and not (
-            path.with_suffix(".py").exists() or (path / "__main__.py").exists()
-        ):
+        if module.startswith("nuner_jax") and not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.append(module)
     return missing
 

@@ -26,21 +26,15 @@ INPUT = flags.DEFINE_multi_string(
     "A file, hf:org/data_set[@revision][:part], or 'sample'. May be given many times.",
 )
 OUT = flags.DEFINE_string("out", None, "The folder to build.")
-FORMAT = flags.DEFINE_string(
-    "format", DEFAULTS.format, f"auto, or the format of all inputs: {', '.join(FORMATS)}."
-)
+FORMAT = flags.DEFINE_string("format", DEFAULTS.format, f"auto, or the format of all inputs: {', '.join(FORMATS)}.")
 VALIDATION_FRACTION = flags.DEFINE_float(
     "validation_fraction", DEFAULTS.validation_fraction, "Share of texts, by hash; 0 for none."
 )
 DROP_CONCEPT = flags.DEFINE_string(
     "drop_concept", DEFAULTS.drop_concept, "Drop rows annotated with it, as the paper; '' for none."
 )
-LOWER_CONCEPTS = flags.DEFINE_bool(
-    "lower_concepts", DEFAULTS.lower_concepts, "Make 'Person' and 'person' one concept."
-)
-KEEP_UNLABELLED = flags.DEFINE_bool(
-    "keep_unlabelled", DEFAULTS.keep_unlabelled, "Keep rows without any entity."
-)
+LOWER_CONCEPTS = flags.DEFINE_bool("lower_concepts", DEFAULTS.lower_concepts, "Make 'Person' and 'person' one concept.")
+KEEP_UNLABELLED = flags.DEFINE_bool("keep_unlabelled", DEFAULTS.keep_unlabelled, "Keep rows without any entity.")
 MAX_MALFORMED = flags.DEFINE_float(
     "max_malformed",
     DEFAULTS.max_malformed,
@@ -78,7 +72,7 @@ def _summary(out: str, stored: dict[str, Any], built: bool, seconds: float) -> s
     return "\n".join(
         [
             "",
-            report_table(stored["report"]),
+            report_table(stored["report"]) if stored["report"] else "(built without an import report)",
             "",
             f"data set     {out}: {state}",
             f"splits       {sizes}",

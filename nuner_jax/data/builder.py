@@ -11,10 +11,8 @@ or not at all. The split of a text depends on the text alone, so no text is in t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,8 +49,7 @@ class BuildOptions(ImportOptions):
         ImportOptions.__post_init__(self)
         if not 0 <= self.validation_fraction < 1:
             raise NunerError(
-                f"validation_fraction is a share of at least 0 and below 1,"
-                f" not {self.validation_fraction}"
+                f"validation_fraction is a share of at least 0 and below 1, not {self.validation_fraction}"
             )
 
 
@@ -111,26 +108,16 @@ def fingerprint(data_dir: str | os.PathLike[str]) -> str:
 def open_split(data_dir: str | os.PathLike[str], split: str) -> RecordSource:
     """The records of "train" or "validation", in an order fixed by the data set.
 
-    Raises `NunerError` if there is no data set, no such split, or its shards are damaged.
+    Raises `NunerError` if there is no data set, no such split, or a file is missing or cut.
     """
-    sizes = read_report(data_dir)["splits"]
-    if split not in sizes:
-        raise NunerError(f"{data_dir}: has no split {split!r}; it has: {', '.join(sizes)}")
+    stored = read_report(data_dir)
+    if split not in stored["splits"]:
+        known = ", ".join(stored["splits"])
+        raise NunerError(f"{data_dir}: has no split {split!r}; it has: {known}")
     import tensorflow_datasets as tfds
 
-    folder = Path(data_dir) / SHARDS_FOLDER
-    try:
-        source = tfds.builder_from_directory(folder).as_data_source(split)
-        length = len(source)
-    except Exception as error:  # TFDS and array_record raise many types for a damaged folder
-        raise NunerError(
-            f"{folder}: the {split} shards cannot be opened ({error}); build the data set again"
-        ) from error
-    if length != sizes[split]:
-        raise NunerError(
-            f"{folder}: the {split} split has {length:,} records, not the {sizes[split]:,} of its"
-            " report; build the data set again"
-        )
+    _check_files(Path(data_dir), stored["files"])
+    source = tfds.builder_from_directory(Path(data_dir) / SHARDS_FOLDER).as_data_source(split)
     return RecordSource(source)
 
 
@@ -153,6 +140,8 @@ def build(
     be written, or it holds something else: another data set needs `overwrite`, and what is no data
     set is never replaced.
     """
+    from nuner_jax.data.tfds_records import write_shards
+
     out = Path(out_dir)
     _check_place(out)
     with writing(out), workshop(out) as temporary:
@@ -160,17 +149,18 @@ def build(
         splitter, digest, count = _spool(records, spool, validation_fraction)
         if is_built(out) and not overwrite:
             return _same_or_error(out, digest)
-        sizes = _write_shards(spool, temporary, splitter)
+        finished = temporary / "data"
+        sizes = write_shards(spool, finished, splitter.splits, splitter)
         content = {
             "fingerprint": digest,
             "format_version": FORMAT_VERSION,
             "records": count,
             "splits": sizes,
+            "files": _file_sizes(finished),
             "validation_fraction": validation_fraction,
             **(provenance or {}),
             "report": report.as_dict() if report else None,
         }
-        finished = temporary / "data"
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (finished / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
         return _put_in_place(finished, out, digest, overwrite)
@@ -209,9 +199,7 @@ def build_inputs(
     )
 
 
-def ensure_built(
-    path_or_input: str | Sequence[str], cache_dir: str | os.PathLike[str], **options: Any
-) -> Path:
+def ensure_built(path_or_input: str | Sequence[str], cache_dir: str | os.PathLike[str], **options: Any) -> Path:
     """The folder of a data set, which is built first if need be; for the trainer.
 
     `path_or_input` is the folder of a built data set, which is returned as it is, or one or several
@@ -222,7 +210,7 @@ def ensure_built(
     Raises `NunerError` as `build_inputs`, and for an unknown option.
     """
     inputs = [path_or_input] if isinstance(path_or_input, str | os.PathLike) else path_or_input
-    inputs = [os.fspath(one) for one in inputs]
+    inputs = [os.path.expanduser(one) for one in inputs]
     if len(inputs) == 1 and is_built(inputs[0]):
         return Path(inputs[0])
     known = [field.name for field in dataclasses.fields(BuildOptions)]
@@ -270,9 +258,7 @@ class _Splitter:
         return ("train", "validation") if self.bound else ("train",)
 
 
-def _spool(
-    records: Iterable[Record], spool: Path, validation_fraction: float
-) -> tuple[_Splitter, str, int]:
+def _spool(records: Iterable[Record], spool: Path, validation_fraction: float) -> tuple[_Splitter, str, int]:
     """Writes the records to one file and returns how to split them, their fingerprint and number.
 
     So the input is parsed once although TFDS asks for one split after the other, and nothing is
@@ -304,41 +290,20 @@ def _text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _write_shards(spool: Path, temporary: Path, splitter: _Splitter) -> dict[str, int]:
-    """Lets TFDS write the spooled records below `temporary`/data; returns the splits' sizes."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import shuffle
-
-    from nuner_jax.data.tfds_records import NunerRecords
-
-    tfds.disable_progress_bar()
-    # Above this size TFDS sorts on disk through TensorFlow's file system, which is not installed.
-    shuffle.MAX_MEM_BUFFER_SIZE = _HASH_SPACE
-    builder = NunerRecords(
-        spool=spool,
-        splits=splitter.splits,
-        split_of=splitter,
-        data_dir=temporary / "data",
-        file_format="array_record",
-    )
-    try:
-        with _quiet():
-            builder.download_and_prepare(download_dir=temporary / "downloads")
-    except RuntimeError as error:  # what array_record makes of a full disk
-        raise OSError(str(error)) from error
-    return {split: builder.info.splits[split].num_examples for split in splitter.splits}
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """The bytes of every file of TFDS, by its path below `folder`."""
+    files = sorted(path for path in (folder / SHARDS_FOLDER).iterdir() if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS from telling about downloads and temporary files; warnings still show."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(min(verbosity, logging.WARNING))  # absl: lower is quieter
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+def _check_files(folder: Path, files: dict[str, int]) -> None:
+    """Finds what a half copied data set lacks, which array_record would tell only when reading."""
+    for name, size in files.items():
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            state = "is missing" if there is None else f"has {there:,} of its {size:,} bytes"
+            raise NunerError(f"{path}: {state}; copy or build the data set again")
 
 
 def _to_record(row: dict[str, Any]) -> Record:
@@ -361,9 +326,7 @@ def _to_record(row: dict[str, Any]) -> Record:
 
 def _check_place(out: Path) -> None:
     if out.exists() and not is_built(out) and (not out.is_dir() or any(out.iterdir())):
-        raise NunerError(
-            f"{out}: exists and is no data set of this program; it is left alone, choose another"
-        )
+        raise NunerError(f"{out}: exists and is no data set of this program; it is left alone, choose another")
 
 
 def _same_or_error(out: Path, digest: str) -> bool:

@@ -105,17 +105,11 @@ def load_corpus(
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir) / "corpus" / f"{split}-{fingerprint[:16]}"
     if not (folder / "corpus.json").exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(
-                f"{folder}.lock"
-            ):  # of several processes on a machine, one tokenises
-                if not (folder / "corpus.json").exists():
-                    _write_corpus(folder, sources, split, tokenizer, window, concept_length)
-        except OSError as error:
-            raise NunerError(
-                f"cannot write the tokenised corpus {folder}: {error}; see config.data.cache_dir"
-            ) from error
+        with locked(folder):  # of several processes on a machine, one tokenises
+            if not (folder / "corpus.json").exists():
+                with writing(folder), workshop(folder) as temporary:
+                    _write_corpus(temporary / "corpus", sources, split, tokenizer, window, concept_length)
+                    (temporary / "corpus").rename(folder)
     return _open_corpus(folder, fingerprint)
 
 
@@ -125,9 +119,7 @@ def _open_corpus(folder: Path, fingerprint: str) -> Corpus:
     for name, dtype in _ARRAYS.items():
         path, size = folder / name, info["sizes"][name]
         if not path.exists() or path.stat().st_size != size * np.dtype(dtype).itemsize:
-            raise NunerError(
-                f"{path} is missing or incomplete: delete the folder {folder}, and it is made again"
-            )
+            raise NunerError(f"{path} is missing or incomplete: delete the folder {folder}, and it is made again")
         arrays[name] = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
     return Corpus(
         **arrays,
@@ -206,16 +198,10 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
     )
     token_offsets = ragged.offsets([len(ids) for ids in encoding["input_ids"]])
     char_offsets = ragged.offsets([len(text) + 1 for text in texts])
-    ids_T = np.fromiter(
-        (i for ids in encoding["input_ids"] for i in ids), np.int32, token_offsets[-1]
-    )
-    spans_Tx2 = np.array(
-        [s for spans in encoding["offset_mapping"] for s in spans], np.int64
-    ).reshape(-1, 2)
+    ids_T = np.fromiter((i for ids in encoding["input_ids"] for i in ids), np.int32, token_offsets[-1])
+    spans_Tx2 = np.array([s for spans in encoding["offset_mapping"] for s in spans], np.int64).reshape(-1, 2)
     spans_Tx2 += np.repeat(char_offsets[:-1], np.diff(token_offsets))[:, None]
-    spans_Tx2 = np.maximum.accumulate(
-        spans_Tx2, axis=0
-    )  # a token without characters must not break the order
+    spans_Tx2 = np.maximum.accumulate(spans_Tx2, axis=0)  # a token without characters must not break the order
 
     mentions_Mx3 = _mentions(records, char_offsets, concept_ids, mentions)
     first_M = np.searchsorted(spans_Tx2[:, 1], mentions_Mx3[:, 0], side="right")
@@ -244,9 +230,7 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
     tokens_T = np.empty(length_W.sum(), np.int32)
     at_W = ragged.offsets(length_W)
     tokens_T[at_W[:-1]], tokens_T[at_W[1:] - 1] = begin, end
-    tokens_T[ragged.ranges(at_W[:-1] + 1, length_W - 2)] = ids_T[
-        ragged.ranges(start_W, stop_W - start_W)
-    ]
+    tokens_T[ragged.ranges(at_W[:-1] + 1, length_W - 2)] = ids_T[ragged.ranges(start_W, stop_W - start_W)]
     window_P = np.searchsorted(stop_W, pairs_Px2[:, 0], side="right")
     return {
         "tokens_T": tokens_T,
@@ -277,9 +261,7 @@ def _word_starts(texts: list[str], char_T: np.ndarray) -> np.ndarray:
     return space[char_T - 1] | space[np.minimum(char_T, chars.size - 1)] | (char_T == 0)
 
 
-def _windows(
-    token_offsets, breaks_T, inside_T, capacity: int, report
-) -> tuple[np.ndarray, np.ndarray]:
+def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[np.ndarray, np.ndarray]:
     """Token ranges of the windows: whole texts where they fit, else pieces that end at word boundaries.
 
     A piece ends at the last word boundary that divides no mention; failing that, at the last word boundary;
@@ -294,13 +276,7 @@ def _windows(
             cuts = np.arange(start + capacity // 2, start + capacity + 1)
             words = cuts[breaks_T[cuts]]
             clean = words[~inside_T[words]]
-            kind = (
-                "cuts_between_words"
-                if clean.size
-                else "cuts_through_mentions"
-                if words.size
-                else "cuts_in_words"
-            )
+            kind = "cuts_between_words" if clean.size else "cuts_through_mentions" if words.size else "cuts_in_words"
             cut = int((clean if clean.size else words if words.size else cuts)[-1])
             _count(report, kind, 1)
             starts.append(start)
@@ -315,11 +291,7 @@ def _windows(
 def _encode_concepts(names: list[str], tokenizer, concept_length: int, report) -> list[np.ndarray]:
     """Each concept name's tokens between the special tokens, once."""
     begin, end = special_tokens(tokenizer)
-    encoded = (
-        tokenizer(names, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
-        if names
-        else []
-    )
+    encoded = tokenizer(names, add_special_tokens=False, truncation=False, padding=False)["input_ids"] if names else []
     _count(report, "concepts", len(names))
     _count(report, "concept_names_cut", sum(len(ids) > concept_length - 2 for ids in encoded))
     return [np.array([begin, *ids[: concept_length - 2], end], np.int32) for ids in encoded]

@@ -27,9 +27,7 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise NunerError(
-            f"{out}: cannot be written ({reason}); free space there, or choose another folder"
-        ) from error
+        raise NunerError(f"{out}: cannot be written ({reason}); free space there, or choose another folder") from error
 
 
 @contextlib.contextmanager

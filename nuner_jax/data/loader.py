@@ -58,7 +58,7 @@ class PackedLoader:
           corpus: the tokenised texts.
           rows: R, text rows of one batch.
           row_length: L, tokens per text row.
-          concept_row_length: K, tokens per concept row.
+          concept_row_length: the largest K, tokens per concept row, to choose.
           row_multiple: Q is rounded up to a multiple of it, so that a batch is the same on every mesh whose
             batch axes divide it.
           seed: of the shuffles.
@@ -72,20 +72,14 @@ class PackedLoader:
         self.corpus, self.seed, self.pad_id, self.shuffle = corpus, seed, pad_id, shuffle
         self._visits_M = _visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
-            raise NunerError(
-                f"no sequence is left at the source weights {weights} (config.data.sources)"
-            )
+            raise NunerError(f"no sequence is left at the source weights {weights} (config.data.sources)")
         self._length_M = corpus.length_W[self._visits_M]
         self._by_length_M = np.argsort(self._length_M, kind="stable")
         self._slots = packing.plan_slots(self._length_M, row_length)
         # The slots of row r are _row_slots[_row_offsets[r]:_row_offsets[r + 1]].
         self._row_slots = np.argsort(self._slots.row_M, kind="stable")
-        self._row_offsets = ragged.offsets(
-            np.bincount(self._slots.row_M, minlength=self._slots.num_rows)
-        )
-        self._epoch = functools.lru_cache(maxsize=2)(
-            self._plan_epoch
-        )  # a batch may touch two epochs
+        self._row_offsets = ragged.offsets(np.bincount(self._slots.row_M, minlength=self._slots.num_rows))
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)  # a batch may touch two epochs
         self.shapes = self._measure(rows, row_length, concept_row_length, row_multiple)
 
     @property
@@ -128,9 +122,7 @@ class PackedLoader:
         """The sequence in each slot, and the order of the rows, of one epoch."""
         epoch = epoch if self.shuffle else 0
         sequences = packing.assign(self._slots, self._by_length_M, self._length_M, self.seed, epoch)
-        return self._visits_M[sequences], packing.shuffled_rows(
-            self._slots.num_rows, self.seed, epoch
-        )
+        return self._visits_M[sequences], packing.shuffled_rows(self._slots.num_rows, self.seed, epoch)
 
     def _row_contents(self, index: int) -> tuple[list[np.ndarray], np.ndarray]:
         """For each row of a batch its slots (one array per row), and all their sequences, row after row."""
@@ -142,9 +134,7 @@ class PackedLoader:
                 slots.append(np.zeros(0, np.int64))  # evaluation ends with the epoch: no row twice
                 continue
             in_slot, order = self._epoch(epoch)
-            mine = self._row_slots[
-                self._row_offsets[order[place]] : self._row_offsets[order[place] + 1]
-            ]
+            mine = self._row_slots[self._row_offsets[order[place]] : self._row_offsets[order[place] + 1]]
             slots.append(mine)
             sequences.append(in_slot[mine])
         return slots, np.concatenate([np.zeros(0, np.int64), *sequences])
@@ -192,9 +182,7 @@ class PackedLoader:
             "scored": scored,
             "pair_positions": pair_positions,
             "pair_concepts": pair_concepts,
-            "dropped_pairs": np.bincount(pair_row_P[~kept_P], minlength=len(slots)).astype(
-                np.int32
-            ),
+            "dropped_pairs": np.bincount(pair_row_P[~kept_P], minlength=len(slots)).astype(np.int32),
         }
 
     def _concept_rows(self, concepts: np.ndarray, part: slice) -> dict[str, np.ndarray]:
@@ -203,9 +191,7 @@ class PackedLoader:
         first_N = np.asarray(corpus.concept_offsets_C1[concepts])
         length_N = np.asarray(corpus.concept_offsets_C1[concepts + 1]) - first_N
         row_N, slot_N, offset_N = packing.deal(length_N, shapes.concept_rows)
-        fits_N = (slot_N < shapes.concepts_per_row) & (
-            offset_N + length_N <= shapes.concept_row_length
-        )
+        fits_N = (slot_N < shapes.concepts_per_row) & (offset_N + length_N <= shapes.concept_row_length)
         dropped = np.bincount(row_N[~fits_N], minlength=shapes.concept_rows).astype(np.int32)
 
         start, stop, _ = part.indices(shapes.concept_rows)
@@ -215,9 +201,7 @@ class PackedLoader:
         segments = np.zeros_like(tokens)
         ids = np.full((stop - start, shapes.concepts_per_row), -1, np.int32)
         to = ragged.ranges(row_n * shapes.concept_row_length + offset_n, length_N[mine_N])
-        tokens.reshape(-1)[to] = corpus.concept_tokens_U[
-            ragged.ranges(first_N[mine_N], length_N[mine_N])
-        ]
+        tokens.reshape(-1)[to] = corpus.concept_tokens_U[ragged.ranges(first_N[mine_N], length_N[mine_N])]
         segments.reshape(-1)[to] = np.repeat(slot_n + 1, length_N[mine_N])
         ids[row_n, slot_n] = concepts[mine_N]
         return {
@@ -227,9 +211,7 @@ class PackedLoader:
             "dropped_concepts": dropped[start:stop],
         }
 
-    def _measure(
-        self, rows: int, row_length: int, concept_row_length: int, row_multiple: int
-    ) -> Shapes:
+    def _measure(self, rows: int, row_length: int, concept_row_length: int, row_multiple: int) -> Shapes:
         """Static shapes from the first batches: the largest of each, and a little headroom."""
         self._batch_rows = rows
         pairs, concepts, tokens = 1, 1, 1
@@ -243,14 +225,17 @@ class PackedLoader:
                 max(concepts, distinct.size),
                 max(tokens, concept_length_C[distinct].sum()),
             )
-        concept_row_length = max(concept_row_length, int(concept_length_C.max(initial=1)))
-        concept_rows = _round_up(math.ceil(_HEADROOM * tokens / concept_row_length), row_multiple)
+        # Few long rows attend over more than they need, many short ones leave gaps: the rows are as many as the
+        # longest allowed row asks for, and then only as long as they must be (dealing makes them alike).
+        tokens = math.ceil(_HEADROOM * tokens)
+        concept_rows = _round_up(math.ceil(tokens / concept_row_length), row_multiple)
+        longest = int(concept_length_C.max(initial=1))
         return Shapes(
             rows=rows,
             row_length=row_length,
             pairs_per_row=_round_up(math.ceil(_HEADROOM * pairs), 8),
             concept_rows=concept_rows,
-            concept_row_length=concept_row_length,
+            concept_row_length=_round_up(max(longest, math.ceil(tokens / concept_rows)), 8),
             concepts_per_row=math.ceil(_HEADROOM * concepts / concept_rows),
         )
 
@@ -271,9 +256,7 @@ def _pair_ranges(corpus: Corpus, sequences: np.ndarray) -> tuple[np.ndarray, np.
 
 def _distinct_concepts(corpus: Corpus, sequences: np.ndarray) -> np.ndarray:
     """The distinct concept ids of these sequences, ascending: int64 [N]."""
-    return np.unique(
-        corpus.pair_concepts_P[ragged.ranges(*_pair_ranges(corpus, sequences))]
-    ).astype(np.int64)
+    return np.unique(corpus.pair_concepts_P[ragged.ranges(*_pair_ranges(corpus, sequences))]).astype(np.int64)
 
 
 def _round_up(value: int, multiple: int) -> int:

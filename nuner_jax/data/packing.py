@@ -88,9 +88,7 @@ def _fill_rows(histogram: dict[int, int], row_length: int) -> Counter[tuple[int,
         left = histogram[length]
         while left:
             place = bisect.bisect_left(spaces, length)
-            if place == len(
-                spaces
-            ):  # no open row has room: open rows that hold as many as fit, then one more
+            if place == len(spaces):  # no open row has room: open rows that hold as many as fit, then one more
                 each = row_length // length
                 full, rest = divmod(left, each)
                 for per_row, count in ((each, full), (rest, 1)):
@@ -114,9 +112,7 @@ def _fill_rows(histogram: dict[int, int], row_length: int) -> Counter[tuple[int,
     return total
 
 
-def assign(
-    slots: Slots, by_length_M: np.ndarray, length_M: np.ndarray, seed: int, epoch: int
-) -> np.ndarray:
+def assign(slots: Slots, by_length_M: np.ndarray, length_M: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The sequence that takes each slot in one epoch: int64 [M], a permutation.
 
     Args:

@@ -10,9 +10,7 @@ def ranges(start_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
     length_N = np.asarray(length_N, np.int64)
     ends_N = np.cumsum(length_N)
     total = int(ends_N[-1]) if ends_N.size else 0
-    return np.arange(total) + np.repeat(
-        np.asarray(start_N, np.int64) - (ends_N - length_N), length_N
-    )
+    return np.arange(total) + np.repeat(np.asarray(start_N, np.int64) - (ends_N - length_N), length_N)
 
 
 def offsets(length_N: np.ndarray) -> np.ndarray:

@@ -1,24 +1,50 @@
-"""The TFDS builder of record shards. Only `builder.py` imports it: it needs tensorflow_datasets.
+"""The TFDS builder of record shards: the one module that needs tensorflow_datasets to be imported.
 
 Building and reading ArrayRecord shards loads no TensorFlow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
+from tensorflow_datasets.core import shuffle
+
+SplitOf = Callable[[str], tuple[str, int]]
+
+
+def write_shards(spool: Path, folder: Path, splits: Sequence[str], split_of: SplitOf) -> dict[str, int]:
+    """Writes the records of `spool` as ArrayRecord shards, with TFDS's own files, below `folder`.
+
+    `spool` holds one record as JSON per line; `split_of(text)` gives its split and a key that is
+    unique, by whose hash TFDS orders the split. Returns the number of records in each split.
+    Raises `OSError` if the file system fails.
+    """
+    tfds.disable_progress_bar()
+    # Above this size TFDS sorts on disk through TensorFlow's file system, which is not installed.
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
+    builder = NunerRecords(spool=spool, splits=splits, split_of=split_of, data_dir=folder, file_format="array_record")
+    try:
+        with _quiet():
+            builder.download_and_prepare(download_dir=spool.parent / "downloads")
+    except RuntimeError as error:  # what array_record makes of a full disk
+        raise OSError(str(error)) from error
+    return {split: builder.info.splits[split].num_examples for split in splits}
 
 
 class NunerRecords(tfds.core.GeneratorBasedBuilder):
     """Texts with their entities: character spans, concepts and descriptions.
 
-    The examples come from `spool`, a file of one JSON record per line; `split_of` tells the split
-    of a text by a hash, which is also the key by which TFDS orders a split.
+    The arguments are those of `write_shards`; without them a built data set can be read, which is
+    how TFDS opens it by name.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -30,8 +56,8 @@ class NunerRecords(tfds.core.GeneratorBasedBuilder):
         self,
         *,
         spool: Path | None = None,
-        splits: tuple[str, ...] = (),
-        split_of: Callable[[str], tuple[str, int]] | None = None,
+        splits: Sequence[str] = (),
+        split_of: SplitOf | None = None,
         **kwargs: Any,
     ):
         self._spool, self._splits, self._split_of = spool, splits, split_of
@@ -68,3 +94,15 @@ class NunerRecords(tfds.core.GeneratorBasedBuilder):
                 own_split, key = self._split_of(row["text"])
                 if own_split == split:
                     yield key, row
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from telling about downloads and temporary files; warnings still show."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.WARNING))  # absl: lower is quieter
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

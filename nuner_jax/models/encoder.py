@@ -19,7 +19,7 @@ from nuner_jax.models.encoder_config import EncoderConfig
 
 __all__ = ["Encoder", "EncoderConfig", "positions_from_segments"]
 
-INITIALIZER_STDDEV = 0.02  # As in BERT.
+INITIALIZER_STDDEV = 0.02  # As in BERT; values beyond two standard deviations are drawn again.
 
 
 def positions_from_segments(segments_BxL: jax.Array) -> jax.Array:
@@ -60,9 +60,7 @@ class Attention(nnx.Module):
     the fused kernels have none, and the choice of a kernel must not change what is trained.
     """
 
-    def __init__(
-        self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs):
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         self.implementation = implementation
         self.qkv = _dense(config.hidden_size, (3, *heads), dtype, rngs)
@@ -91,18 +89,14 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One post-norm layer: attention, then MLP, each added to its input and normalised."""
 
-    def __init__(
-        self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs):
         self.dropout = config.dropout
         self.attention = Attention(config, dtype=dtype, implementation=implementation, rngs=rngs)
         self.attention_norm = _layer_norm(config, dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = _layer_norm(config, dtype, rngs)
 
-    def __call__(
-        self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         attended_BxLxD = self.attention(x_BxLxD, mask_Bx1xLxL)
         attended_BxLxD = _dropout(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
         x_BxLxD = self.attention_norm(x_BxLxD + attended_BxLxD)
@@ -183,9 +177,7 @@ class Encoder(nnx.Module):
 
 def _check_attention(implementation: str, dtype: jnp.dtype) -> None:
     if implementation not in ("xla", "cudnn"):
-        raise NunerError(
-            f"attention_implementation {implementation!r} is unknown; choose 'xla' or 'cudnn'"
-        )
+        raise NunerError(f"attention_implementation {implementation!r} is unknown; choose 'xla' or 'cudnn'")
     if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
         raise NunerError(
             "attention_implementation 'cudnn' computes in bfloat16, not in "
@@ -198,9 +190,7 @@ def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(rows, config.hidden_size, dtype=jnp.float32, embedding_init=init, rngs=rngs)
 
 
-def _dense(
-    inputs: int | tuple, outputs: int | tuple, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.LinearGeneral:
+def _dense(inputs: int | tuple, outputs: int | tuple, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LinearGeneral:
     axis = tuple(range(-len(inputs), 0)) if isinstance(inputs, tuple) else -1
     init = nnx.initializers.truncated_normal(INITIALIZER_STDDEV)
     return nnx.LinearGeneral(inputs, outputs, axis=axis, dtype=dtype, kernel_init=init, rngs=rngs)

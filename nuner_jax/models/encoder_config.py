@@ -114,9 +114,7 @@ class EncoderConfig:
         values = {"pad_token_id": family.pad_token_id, **_HF_DEFAULTS, **hf_config}
         missing = [name for name in _HF_NAMES.values() if name not in values]
         if missing:
-            raise NunerError(
-                f"encoder config: {', '.join(missing)} missing; is it a complete config.json?"
-            )
+            raise NunerError(f"encoder config: {', '.join(missing)} missing; is it a complete config.json?")
         fields = {ours: values[theirs] for ours, theirs in _HF_NAMES.items()}
         position_offset = _position_offset(family, fields["pad_token_id"])
         return cls(model_type=hf_config["model_type"], position_offset=position_offset, **fields)
@@ -159,10 +157,7 @@ class EncoderConfig:
                 f"with pad_token_id {self.pad_token_id} start at row {offset}"
             )
         if self.max_length < 1:
-            yield (
-                f"max_positions {self.max_positions} leaves no row above position_offset "
-                f"{self.position_offset}"
-            )
+            yield (f"max_positions {self.max_positions} leaves no row above position_offset {self.position_offset}")
 
 
 def _family(model_type: Any) -> _Family:
@@ -172,9 +167,7 @@ def _family(model_type: Any) -> _Family:
 
 
 def _unknown_family(model_type: Any) -> str:
-    return (
-        f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
-    )
+    return f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
 
 
 def _position_offset(family: _Family, pad_token_id: Any) -> int:

@@ -53,7 +53,4 @@ def _with_layer_numbers(tree: Any) -> Any:
     # `nnx.List` must be numbers again, or the layers of a model with more than ten change places.
     if not isinstance(tree, Mapping):
         return tree
-    return {
-        int(key) if key.isdecimal() else key: _with_layer_numbers(value)
-        for key, value in tree.items()
-    }
+    return {int(key) if key.isdecimal() else key: _with_layer_numbers(value) for key, value in tree.items()}

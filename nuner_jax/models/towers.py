@@ -64,9 +64,7 @@ class TwoTower(nnx.Module):
                 "their dot product needs the same width"
             )
         if not 0 <= frozen_layers <= text.num_layers:
-            raise NunerError(
-                f"config.model.frozen_layers: {frozen_layers} of {text.num_layers} layers"
-            )
+            raise NunerError(f"config.model.frozen_layers: {frozen_layers} of {text.num_layers} layers")
         if concept_pooling not in POOLINGS:
             raise NunerError(
                 f"config.model.concept_pooling: unknown {concept_pooling!r}; choose one of {', '.join(POOLINGS)}"
@@ -86,17 +84,13 @@ class TwoTower(nnx.Module):
             dropout_key=dropout_key,
         )
 
-    def concept_vectors(
-        self, tokens_QxK, segments_QxK, num_slots: int, dropout_key=None
-    ) -> jax.Array:
+    def concept_vectors(self, tokens_QxK, segments_QxK, num_slots: int, dropout_key=None) -> jax.Array:
         """One vector per concept name: [Q, S, D]; the name in slot s of a row is its segment s + 1."""
         hidden_QxKxD = self.concept(tokens_QxK, segments_QxK, dropout_key=dropout_key)
         member_QxKxS = segments_QxK[:, :, None] == jnp.arange(1, num_slots + 1)
         if self.concept_pooling == "first":
             member_QxKxS &= jnp.cumsum(member_QxKxS, axis=1) == 1
         member_QxKxS = member_QxKxS.astype(hidden_QxKxD.dtype)
-        sums_QxSxD = jnp.einsum(
-            "qks,qkd->qsd", member_QxKxS, hidden_QxKxD, preferred_element_type=jnp.float32
-        )
+        sums_QxSxD = jnp.einsum("qks,qkd->qsd", member_QxKxS, hidden_QxKxD, preferred_element_type=jnp.float32)
         counts_QxS = jnp.sum(member_QxKxS, axis=1, dtype=jnp.float32)
         return (sums_QxSxD / jnp.maximum(counts_QxS, 1.0)[:, :, None]).astype(hidden_QxKxD.dtype)

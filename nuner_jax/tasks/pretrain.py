@@ -240,7 +240,9 @@ class Pretrain:
         vectors = []
         for arrays in retrieval.concept_batches(self.validation, rows, self.concept_config.pad_token_id):
             local = {str(i): array[None, mine] for i, array in enumerate(arrays)}
-            vectors.append(self._concept_step(params, *sharding.to_global(place, local, {"0": rows, "1": rows}).values()))
+            vectors.append(
+                self._concept_step(params, *sharding.to_global(place, local, {"0": rows, "1": rows}).values())
+            )
         count = len(self.validation.concept_names)
         if not count:
             return

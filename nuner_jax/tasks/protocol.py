@@ -40,9 +40,7 @@ class Task(Protocol):
     def is_frozen(self, path: str) -> bool:
         """Whether the parameter of this "/"-joined path is left as it is."""
 
-    def sums(
-        self, params: dict, batch: dict, dropout_key: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Sums over one micro-batch: `loss` (differentiated), `weight` (its divisor) and whatever `metrics` needs."""
 
     def metrics(self, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -39,8 +39,7 @@ def read_conll(path: Path) -> Iterator[tuple[int, ParsedRow | MalformedRow]]:
             columns = len(_cells(line, separator))
             if columns < 2:
                 raise NunerError(
-                    f"{path}:{number}: CoNLL needs a word and a tag divided by a tab or spaces,"
-                    f" not {line[:40]!r}"
+                    f"{path}:{number}: CoNLL needs a word and a tag divided by a tab or spaces, not {line[:40]!r}"
                 )
         yield _parse_sentence(sentence, separator, columns)
 
@@ -78,9 +77,7 @@ def _sentences(path: Path) -> Iterator[Sentence]:
         yield sentence
 
 
-def _parse_sentence(
-    sentence: Sentence, separator: str, columns: int
-) -> tuple[int, ParsedRow | MalformedRow]:
+def _parse_sentence(sentence: Sentence, separator: str, columns: int) -> tuple[int, ParsedRow | MalformedRow]:
     words, tags = [], []
     for number, line in sentence:
         cells = _cells(line, separator)

@@ -8,9 +8,7 @@ from pathlib import Path, PurePosixPath
 from nuner_jax.errors import NunerError
 
 HUB_PREFIX = "hf:"
-_NAME = re.compile(
-    r"hf:(?://)?(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<part>.+))?"
-)
+_NAME = re.compile(r"hf:(?://)?(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<part>.+))?")
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 _SHARD_SUFFIX = re.compile(r"[-_.]\d{3,}(-of-\d+)?(-[0-9a-f]{8,})?$")
 TIMEOUT_S = 10.0  # for the listing; a hub that does not answer by then counts as unreachable
@@ -59,8 +57,7 @@ def choose_files(name: str, files: list[str], part: str | None) -> list[str]:
         stems = sorted({names[-1] for names in parts.values()})
         if len(stems) > 1:
             raise NunerError(
-                f"{name}: holds several parts, choose one as {name}:{stems[0]}; there are:"
-                f" {', '.join(stems)}"
+                f"{name}: holds several parts, choose one as {name}:{stems[0]}; there are: {', '.join(stems)}"
             )
         return data
     chosen = [file for file in data if part in parts[file]]
@@ -75,18 +72,14 @@ def _fetch_online(name: str, repo: str, revision: str | None, part: str | None) 
 
     info = HfApi().dataset_info(repo, revision=revision, timeout=TIMEOUT_S)
     files = choose_files(name, [sibling.rfilename for sibling in info.siblings or ()], part)
-    return [
-        Path(hf_hub_download(repo, file, repo_type="dataset", revision=info.sha)) for file in files
-    ]
+    return [Path(hf_hub_download(repo, file, repo_type="dataset", revision=info.sha)) for file in files]
 
 
 def _cached_folder(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            repo, repo_type="dataset", revision=revision, local_files_only=True
-        )
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
     except Exception:  # nothing usable in the cache: the caller reports why the hub failed
         return None
     return Path(folder)

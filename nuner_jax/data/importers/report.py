@@ -12,7 +12,7 @@ PLACES_KEPT = 20
 
 @dataclass
 class Tally:
-    """Counts by kind, with the first `PLACES_KEPT` places ("file:line") of each kind."""
+    """Counts by kind, with the first `PLACES_KEPT` different places ("file:line") of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Tally:
         """Counts one more of `kind`, seen at `place`."""
         self.counts[kind] += 1
         places = self.places.setdefault(kind, [])
-        if len(places) < PLACES_KEPT:
+        if len(places) < PLACES_KEPT and place not in places:
             places.append(place)
 
     def total(self) -> int:
@@ -30,10 +30,7 @@ class Tally:
 
     def as_dict(self) -> dict[str, Any]:
         """`{kind: {"count": …, "first": [place, …]}}`."""
-        return {
-            kind: {"count": count, "first": self.places[kind]}
-            for kind, count in self.counts.most_common()
-        }
+        return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.most_common()}
 
 
 @dataclass

@@ -114,9 +114,7 @@ def _json_array_rows(path: Path) -> Iterator[NumberedRow]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise NunerError(
-            f"{path}:{line}: the JSON array is truncated or invalid ({error}); fetch it again"
-        ) from error
+        raise NunerError(f"{path}:{line}: the JSON array is truncated or invalid ({error}); fetch it again") from error
     for number, row in enumerate(rows, start=1):
         yield number, row if isinstance(row, dict) else MalformedRow("not_an_object")
 
@@ -171,12 +169,9 @@ def _unreadable(path: Path, error: OSError) -> NunerError:
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NunerError:
     byte = error.object[error.start]
     return NunerError(
-        f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); convert it, for instance with"
-        " `iconv -f latin1 -t utf-8`"
+        f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); convert it, for instance with `iconv -f latin1 -t utf-8`"
     )
 
 
 def _corrupt_gzip(path: Path, line: int, error: Exception) -> NunerError:
-    return NunerError(
-        f"{path}:{line + 1}: the gzip data is corrupt or truncated here ({error}); fetch it again"
-    )
+    return NunerError(f"{path}:{line + 1}: the gzip data is corrupt or truncated here ({error}); fetch it again")

@@ -39,8 +39,8 @@ class ImportOptions:
     """How rows become records.
 
     format: one of `FORMATS`, or "auto" to tell it from each file.
-    drop_concept: rows with an annotation of this concept, in any case, are dropped, as the paper drops
-      "concept"; "" or None drops none.
+    drop_concept: rows annotated with it, in any case, are dropped, as the paper drops "concept";
+      "" or None drops none.
     lower_concepts: make "Person" and "person" one concept.
     keep_unlabelled: keep rows without any entity. Off, because nobody says whether such a row holds
       no entity or its annotation failed, and unlabelled is not negative.
@@ -55,9 +55,7 @@ class ImportOptions:
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
-            raise NunerError(
-                f"format {self.format!r} is unknown; known are: auto, {', '.join(FORMATS)}"
-            )
+            raise NunerError(f"format {self.format!r} is unknown; known are: auto, {', '.join(FORMATS)}")
         if not 0 <= self.max_malformed <= 1:
             raise NunerError(f"max_malformed is a share between 0 and 1, not {self.max_malformed}")
 
@@ -81,13 +79,11 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
         if not path.exists():
             raise NunerError(f"{path}: no such file")
         if path.is_dir():
-            raise NunerError(f"{path}: is a folder; name its files")
+            raise NunerError(f"{path}: is a folder, and no built data set; name its files")
     return paths
 
 
-def import_records(
-    paths: Sequence[Path], report: Report, options: ImportOptions | None = None
-) -> Iterator[Record]:
+def import_records(paths: Sequence[Path], report: Report, options: ImportOptions | None = None) -> Iterator[Record]:
     """Yields the records of the files in order, and counts everything in `report`.
 
     Raises `NunerError` if a file is unreadable or of an unknown format, or, after the last row, if
@@ -107,9 +103,7 @@ def import_records(
     _check(report, options, paths)
 
 
-def read_file(
-    path: Path, format_name: str = "auto"
-) -> Iterator[tuple[int, ParsedRow | MalformedRow]]:
+def read_file(path: Path, format_name: str = "auto") -> Iterator[tuple[int, ParsedRow | MalformedRow]]:
     """Yields (line or row number, row) of one file, malformed rows included.
 
     "auto" tells the format from the extension and from the keys of the first readable row. Raises
@@ -212,9 +206,7 @@ def _lowered(row: ParsedRow) -> ParsedRow:
     return dataclasses.replace(
         row,
         annotations=tuple(lowered(one) for one in row.annotations),
-        entities=tuple(
-            dataclasses.replace(one, concept=one.concept.lower()) for one in row.entities
-        ),
+        entities=tuple(dataclasses.replace(one, concept=one.concept.lower()) for one in row.entities),
     )
 
 

@@ -1,0 +1,37 @@
+"""The whole job on a laptop: a small RoBERTa, from scratch, on the embedded sample.
+
+launch/local.sh train --config=configs/quickstart.py
+"""
+
+from nuner_jax.config import pretrain
+
+
+def get_config():
+    config = pretrain()
+    config.epochs = 12.0
+
+    config.data.rows = 16  # about 64 passages of 30 tokens
+    config.data.row_length = 128
+    config.data.concept_row_length = 128
+    config.data.cache_dir = "runs/cache"
+
+    config.model.init = "scratch"
+    config.model.tokenizer = "nuner_jax/data/sample/tokenizer"  # byte-level BPE learned from the sample
+    config.model.encoder.update(
+        vocab_size=8192,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=130,
+    )
+    config.model.frozen_layers = 0  # freezing keeps what pretrained weights know; from scratch there is nothing to keep
+    config.model.dtype = "float32"  # CPUs have no fast bfloat16
+
+    config.loss.scale = 128**-0.5
+    config.optim.peak_lr = 2e-3
+    config.eval.every = 100
+    config.checkpoint.every = 100
+    config.log_every = 20
+    config.export = True
+    return config
