@@ -151,20 +151,26 @@ def read_info(folder: Path) -> dict:
         return ocp.checkpointables_metadata(folder).custom_metadata or {}
 
 
-def load_params(folder: Path, abstract_params: dict | None = None) -> dict:
-    """The parameters of a checkpoint: placed as `abstract_params` says, else host arrays as they are.
+def load_params(folder: Path, abstract_params: dict | None = None, *, name: str = "params") -> dict:
+    """The parameters of a checkpoint: placed as `abstract_params` says, else as they are on one device.
+
+    Args:
+      folder: WORKDIR/checkpoints/STEP.
+      abstract_params: shapes, dtypes and shardings; None takes what is there.
+      name: "params", or "opt_state" to look at the optimizer's memory.
 
     Raises:
       NunerError: naming every leaf that differs from `abstract_params`, or a checkpoint that cannot be read.
     """
     if abstract_params is None:
-        tree = ocp.checkpointables_metadata(folder).metadata["params"]
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), tree)
+        with _reading(folder):
+            tree = ocp.checkpointables_metadata(folder).metadata[name]
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), tree)
     else:
-        check_leaves(folder, "params", abstract_params)
+        check_leaves(folder, name, abstract_params)
     with _reading(folder):
-        return _donatable(ocp.load_checkpointables(folder, {"params": abstract_params})["params"])
+        return _donatable(ocp.load_checkpointables(folder, {name: abstract_params})[name])
 
 
 def check_leaves(folder: Path, name: str, abstract_tree) -> None:

@@ -15,7 +15,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from nuner_jax import checkpoint, steps
+from nuner_jax import checkpoint, sharding, steps
 from nuner_jax.models.params import flatten, unflatten
 from nuner_jax.state import TrainState
 from nuner_jax.tasks.protocol import Task
@@ -81,7 +81,4 @@ def _replace(params: dict, weights: dict, shardings: dict) -> dict:
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh, rules) -> TrainState:
     """Shapes, dtypes and shardings of the whole state, without computing any of it."""
     shapes = jax.eval_shape(lambda: steps.new_state(task, optimizer, task.init_params(jax.random.key(0))))
-    shardings = steps.state_shardings(mesh, shapes, rules)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
-    )
+    return sharding.with_shardings(mesh, shapes, rules)

@@ -278,7 +278,8 @@ def save_encoder(folder: Path, config: EncoderConfig, params: Mapping[str, Any])
         partial.replace(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise NunerError(f"cannot write the model to {folder}: {error}") from error
 
 

@@ -83,6 +83,15 @@ def tree_shardings(mesh: Mesh, abstract_tree, rules: Sequence[tuple[str, Sequenc
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_tree), shardings)
 
 
+def with_shardings(mesh: Mesh, abstract_tree, rules: Sequence[tuple[str, Sequence]]):
+    """A tree of shapes, each leaf with the sharding that `tree_shardings` gives it."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract_tree,
+        tree_shardings(mesh, abstract_tree, rules),
+    )
+
+
 def _partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
     for pattern, axes in rules:
         if not re.search(pattern, path):

@@ -13,29 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nuner_jax.sharding import batch_sharding, replicated, tree_shardings
+from nuner_jax.sharding import batch_sharding, replicated
 from nuner_jax.state import TrainState, combine, partition
 from nuner_jax.tasks.protocol import Task
-
-
-def abstract_state(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the whole state, without computing any of it."""
-
-    def init() -> TrainState:
-        return new_state(task, optimizer, task.init_params(jax.random.key(0)))
-
-    return jax.eval_shape(init)
 
 
 def new_state(task: Task, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
     """The state before the first step: optimizer memory for the trained parameters alone."""
     trained, _ = partition(params, task.is_frozen)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(trained))
-
-
-def state_shardings(mesh: Mesh, state: TrainState, rules) -> TrainState:
-    """Where each leaf of the state lives (see `sharding.tree_shardings`)."""
-    return tree_shardings(mesh, state, rules)
 
 
 def make_train_step(

@@ -19,14 +19,15 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nuner_jax import checkpoint, export, initialise, optim, sharding, steps, workdir as workdir_lib
+from nuner_jax import checkpoint, export, initialise, optim, sharding, steps
 from nuner_jax import config as config_lib
+from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.preemption import StopRequest
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState
-from nuner_jax.tasks import make_task
+from nuner_jax.tasks import make_task, run_evaluators
 from nuner_jax.tasks.protocol import Task
 from nuner_jax.writers import Console, MetricWriter, NoWriter, duration, plot_training
 
@@ -161,7 +162,7 @@ def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
                 if evaluating or saving:
                     progress.flush()
                 if evaluating:
-                    evaluated = _evaluate(run.task, state.params)
+                    evaluated = run_evaluators(run.task, state.params)
                     progress.evaluated(step, evaluated)
                 if saving:
                     checkpoints.save(state, evaluated if evaluating else {}, run.task.export_info())
@@ -179,15 +180,6 @@ def _global_batch(run: Run, step: int) -> dict[str, jax.Array]:
     place = sharding.batch_sharding(run.mesh)
     batch = run.task.train_batch(step, lambda rows: sharding.local_rows(place, rows))
     return sharding.to_global(place, batch, run.task.batch_rows)
-
-
-def _evaluate(task: Task, params: dict) -> dict[str, float]:
-    """All evaluations of a task: "evaluation/metric" -> value."""
-    return {
-        f"{name}/{metric}": value
-        for name, evaluator in task.evaluators().items()
-        for metric, value in evaluator(params)
-    }
 
 
 def _last_good(checkpoints: checkpoint.Checkpoints) -> str:

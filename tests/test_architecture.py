@@ -23,6 +23,7 @@ PACKAGE = ROOT / "nuner_jax"
 LAYERS = {
     "commands": {
         "data.build",
+        "data.tokenizer",
         "evaluate",
         "export",
         "train",
@@ -69,7 +70,6 @@ LAYERS = {
     "leaves": {
         "config",
         "errors",
-        "metrics",
         "optim",
         "preemption",
         "progress",

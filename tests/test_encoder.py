@@ -237,7 +237,7 @@ def test_frozen_layers_cost_no_backward_pass():
     forward = flops(jax.jit(lambda params: loss_and_gradients(0)(params)[0]))
     none_frozen, one_frozen, all_frozen = (flops(loss_and_gradients(layers)) for layers in (0, 1, 2))
     assert all_frozen < 1.05 * forward
-    assert 1.8 < (none_frozen - forward) / (one_frozen - forward) < 2.2
+    assert 0.3 < (one_frozen - forward) / (none_frozen - forward) < 0.5
 
 
 @pytest.mark.parametrize("layers", [-1, 3])

@@ -105,6 +105,11 @@ def fingerprint(data_dir: str | os.PathLike[str]) -> str:
     return read_report(data_dir)["fingerprint"]
 
 
+def splits(data_dir: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names of the splits; raises `NunerError` as `read_report`."""
+    return tuple(read_report(data_dir)["splits"])
+
+
 def open_split(data_dir: str | os.PathLike[str], split: str) -> RecordSource:
     """The records of "train" or "validation", in an order fixed by the data set.
 

@@ -21,3 +21,12 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     if config.task not in tasks:
         raise NunerError(f"config.task: unknown {config.task!r}; choose one of {', '.join(tasks)}")
     return tasks[config.task](config, mesh)
+
+
+def run_evaluators(task: Task, params: dict) -> dict[str, float]:
+    """All evaluations of a task: "evaluator/metric" -> value."""
+    return {
+        f"{name}/{metric}": value
+        for name, evaluator in task.evaluators().items()
+        for metric, value in evaluator(params)
+    }

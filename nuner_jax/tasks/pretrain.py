@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax import losses, pretrained, sharding
-from nuner_jax.data.builder import ensure_built
+from nuner_jax.data.builder import ensure_built, splits
 from nuner_jax.data.corpus import load_corpus
 from nuner_jax.data.loader import PackedLoader
 from nuner_jax.errors import NunerError
@@ -53,13 +51,19 @@ class Pretrain:
         }
         load = functools.partial(
             load_corpus,
-            self._sources,
             tokenizer=self.tokenizer,
             window=min(data.row_length, self.text_config.max_length),
             concept_length=min(data.concept_length, self.concept_config.max_length),
             cache_dir=cache_dir,
         )
-        self.corpus, self.validation = load("train"), load("validation")
+        self.corpus = load(self._sources, "train")
+        held_out = {name: folder for name, folder in self._sources.items() if "validation" in splits(folder)}
+        if not held_out:
+            raise NunerError(
+                f"no validation split in {', '.join(map(str, self._sources.values()))}: build one of them with "
+                "--validation_fraction above 0"
+            )
+        self.validation = load(held_out, "validation")
         if not self.corpus.concept_names:
             raise NunerError(f"no text of {', '.join(map(str, self._sources.values()))} has an entity to learn from")
         make_loader = functools.partial(
@@ -121,9 +125,11 @@ class Pretrain:
         )
 
     def init_params(self, key: jax.Array) -> dict:
+        """Random parameters of both towers and of the logit."""
         return self._build(key)
 
     def pretrained_params(self, abstract_params: dict) -> dict:
+        """Both towers from the weights that the config names."""
         towers = {}
         for tower, encoder in (("text", self.text_config), ("concept", self.concept_config)):
             folder = pretrained.resolve(self._config.model[tower])
@@ -131,6 +137,7 @@ class Pretrain:
         return towers
 
     def is_frozen(self, path: str) -> bool:
+        """The bottom of the text tower, and the scale and bias where the config fixes them."""
         tower, _, rest = path.partition("/")
         if tower == "text":
             part, _, rest = rest.partition("/")
@@ -140,6 +147,7 @@ class Pretrain:
         return not learned.get(path, True)
 
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+        """The sums of the contrastive loss, and what the batch held."""
         towers = params_lib.merge(self._graphdef, params)
         text_key, concept_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         scale, bias = towers.logit()
@@ -169,6 +177,7 @@ class Pretrain:
         return sums | {"weight": sums[self._config.loss.normaliser], "scale": scale, "bias": bias, "parts": 1.0}
 
     def metrics(self, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Loss per positive pair (or per pair), and what tells how training goes."""
         positives, pairs, parts = (jnp.maximum(sums[name], 1.0) for name in ("positives", "pairs", "parts"))
         return {
             "loss": sums["loss"] / jnp.maximum(sums["weight"], 1.0),
@@ -184,6 +193,7 @@ class Pretrain:
         }
 
     def train_batch(self, step: int, local_rows: Callable[[int], slice]) -> dict[str, np.ndarray]:
+        """The micro-batches of a step, stacked."""
         accumulate = self._config.optim.accumulate
         shapes = self.loader.shapes
         text, concepts = local_rows(shapes.rows), local_rows(shapes.concept_rows)
@@ -191,6 +201,7 @@ class Pretrain:
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def evaluators(self) -> dict[str, Evaluator]:
+        """Loss and retrieval on the validation split."""
         return {"validation": self._evaluate_loss, "retrieval": self._evaluate_retrieval}
 
     def _validation_batches(self) -> Iterable[dict[str, jax.Array]]:
@@ -254,6 +265,7 @@ class Pretrain:
         yield "concepts", float(count)
 
     def describe(self) -> Iterable[str]:
+        """What was read, how it is packed, and how large the model is."""
         for split, corpus in (("train", self.corpus), ("validation", self.validation)):
             report = corpus.report
             yield (
@@ -273,9 +285,11 @@ class Pretrain:
         yield f"model: text tower {sizes['text']:,} parameters, concept tower {sizes['concept']:,}"
 
     def save_assets(self, workdir: Path) -> None:
+        """The tokenizer."""
         self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
 
     def export_info(self) -> dict:
+        """Sizes of the towers, pooling, and the fingerprint of the training data."""
         return {
             "task": "pretrain",
             "text": self.text_config.to_hf(),
@@ -285,6 +299,7 @@ class Pretrain:
         }
 
     def closing_lines(self, metrics: dict[str, float], workdir: Path) -> Iterable[str]:
+        """What the retrieval figures mean, and the next commands."""
         if "retrieval/mrr" in metrics:
             concepts = int(metrics["retrieval/concepts"])
             chance = sum(1 / rank for rank in range(1, concepts + 1)) / concepts

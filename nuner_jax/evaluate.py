@@ -1,0 +1,48 @@
+"""Evaluates a checkpoint: `python -m nuner_jax.evaluate --checkpoint=runs/quickstart`.
+
+Runs the evaluations that training runs, on the data of the run's own config, and prints them as one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from nuner_jax import checkpoint, sharding
+from nuner_jax import workdir as workdir_lib
+from nuner_jax.errors import NunerError, run_command
+from nuner_jax.tasks import make_task, run_evaluators
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, and evaluates."""
+    if len(argv) > 1 or not flags.FLAGS.checkpoint:
+        raise NunerError("--checkpoint=WORKDIR_OR_CHECKPOINT is needed")
+    print(json.dumps(evaluate(flags.FLAGS.checkpoint)))
+
+
+def evaluate(path: str) -> dict[str, float | int | str]:
+    """The evaluations of a checkpoint's task, with the checkpoint's folder and step.
+
+    Args:
+      path: a workdir (its best checkpoint) or WORKDIR/checkpoints/STEP.
+
+    Raises:
+      NunerError: there is no such checkpoint, its data cannot be opened, or it does not fit its config.
+    """
+    folder = checkpoint.resolve(path)
+    config = workdir_lib.read_config(folder.parent.parent)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    task = make_task(config, mesh)
+    shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+    params = checkpoint.load_params(folder, sharding.with_shardings(mesh, shapes, config.mesh.rules))
+    metrics = run_evaluators(task, params)
+    return {"checkpoint": str(folder), "step": int(folder.name), **metrics}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "Workdir of a run (its best checkpoint), or one checkpoint.")
+    run_command(main)
