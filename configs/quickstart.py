@@ -29,7 +29,7 @@ def get_config():
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
 
     config.loss.scale = 128**-0.5
-    config.optim.peak_lr = 2e-3
+    config.lr = 2e-3
     config.eval.every = 100
     config.checkpoint.every = 100
     config.log_every = 20

@@ -7,10 +7,15 @@ Bogdanov et al. (EMNLP 2024) tell; everything else is our choice.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+import runpy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
 from ml_collections import ConfigDict, config_dict
 
 from nuner_jax.errors import NunerError
@@ -24,6 +29,7 @@ def pretrain() -> ConfigDict:
             "seed": 0,  # of initialisation, data order and dropout
             "epochs": 10.0,  # visits of the training data (paper); a fraction is allowed
             "steps": config_dict.placeholder(int),  # optimizer updates; if set, it overrides epochs
+            "lr": 5e-5,  # peak learning rate, after warm-up
             "data": _data(),
             "model": _model(),
             "loss": _loss(),
@@ -37,6 +43,7 @@ def pretrain() -> ConfigDict:
             "checkpoint": {
                 "every": 500,  # steps between checkpoints; one at the end and one at SIGTERM besides
                 "keep": 2,  # latest checkpoints kept, beside the best one
+                "best": "retrieval/mrr",  # the evaluation that chooses the best, or "validation/loss", which overfits first
                 "init_from": config_dict.placeholder(str),  # workdir or checkpoint of another run to start from
             },
             "log_every": 50,  # steps between lines of metrics
@@ -112,7 +119,7 @@ def _loss() -> ConfigDict:
         {
             "scale": 768**-0.5,  # initial scale of the dot product (the paper's form: 1, fixed)
             "learn_scale": True,  # the paper's form: False
-            "bias": -6.0,  # initial bias: the log of the positive rate keeps the first steps calm (the paper's form: 0, fixed)
+            "bias": -6.0,  # initial bias, the log of the positive rate: calm first steps (the paper's form: 0, fixed)
             "learn_bias": True,  # the paper's form: False
             "normaliser": "positives",  # what the summed loss is divided by: "positives" or "pairs"
             "chunk": config_dict.placeholder(int),  # concepts scored at once; None: all (fast while they fit)
@@ -123,7 +130,6 @@ def _loss() -> ConfigDict:
 def _optim() -> ConfigDict:
     return ConfigDict(
         {
-            "peak_lr": 5e-5,  # after warm-up
             "end_lr": 0.0,  # at the last step
             "schedule": "cosine",  # or "linear", "constant"
             "warmup": 0.1,  # share of all steps with rising learning rate
@@ -156,6 +162,51 @@ def _mesh() -> ConfigDict:
     ).lock()
 
 
+def parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    """Parses absl flags; before that, looks whether the config file and the overrides of its keys are sound.
+
+    Raises:
+      NunerError: a config file that is missing or wrong, with its line; an unknown key, with the nearest one.
+    """
+    named = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    if named:
+        known = [key for key, _ in _leaves(_load(named[-1]))]
+        for argument in argv:
+            key = argument.removeprefix("--config.").partition("=")[0]
+            if argument.startswith("--config.") and key not in known:
+                raise NunerError(f"--config.{key}: no such key{_nearest(key, known)}")
+    return flags.FLAGS(list(argv))
+
+
+def _load(name: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:ARGUMENT"; what goes wrong in the file is told with its line."""
+    file, _, argument = name.partition(":")
+    try:
+        return runpy.run_path(file)["get_config"](*([argument] if argument else []))
+    except FileNotFoundError as error:
+        raise NunerError(f"--config={name}: {error.strerror}") from error
+    except Exception as error:  # a config file is a program: anything can go wrong in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = f"{file}, line {lines[-1]}" if lines else file
+        unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+        reason = f"{type(error).__name__}: {error}"
+        if unknown:
+            reason = f"no such key {unknown[1]!r}{_nearest(unknown[1], [key for key, _ in _leaves(pretrain())])}"
+        raise NunerError(f"--config={name}: {place}: {reason}") from error
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The keys most like this one, by their last part or a word of it."""
+
+    def likeness(name: str) -> float:
+        last = name.rpartition(".")[2]
+        words = [last, *last.split("_")]
+        return max(difflib.SequenceMatcher(None, key.rpartition(".")[2], word).ratio() for word in words)
+
+    close = sorted((name for name in known if likeness(name) > 0.7), key=likeness, reverse=True)[:3]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; the keys are {', '.join(known)}"
+
+
 def check(config: ConfigDict) -> None:
     """Refuses values that no run could use, by name, before any work.
 
@@ -167,6 +218,7 @@ def check(config: ConfigDict) -> None:
         "model.dtype": ("float32", "bfloat16"),
         "model.attention": ("xla", "cudnn"),
         "loss.normaliser": ("positives", "pairs"),
+        "checkpoint.best": ("retrieval/mrr", "validation/loss"),
     }
     flat = dict(_leaves(config))
     for key, allowed in choices.items():
@@ -182,7 +234,7 @@ def check(config: ConfigDict) -> None:
         "loss.chunk": 1,
         "loss.scale": 1e-9,
         "optim.accumulate": 1,
-        "optim.peak_lr": 0.0,
+        "lr": 0.0,
         "optim.clip_norm": 1e-9,
         "epochs": 1e-9,
         "steps": 0,

@@ -10,20 +10,32 @@ class NunerError(Exception):
     """Bad input or a bad environment: the message names the thing and says what to do about it."""
 
 
-def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+def run_command(
+    main: Callable[[Sequence[str]], None], parse_flags: Callable[[Sequence[str]], Sequence[str]] | None = None
+) -> None:
     """Runs `main(argv)` as a command line program: a `NunerError` becomes one clear line, exit 2.
 
-    Anything else keeps its traceback, because it is a defect of the program and not of its input.
+    Anything else keeps its traceback, because it is a defect of the program and not of its input. `parse_flags`
+    takes the place of absl's own parsing.
     """
     from absl import app, flags, logging
 
-    def guarded(argv: Sequence[str]) -> int | None:
+    def show(error: Exception) -> None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+    def guarded_parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return (parse_flags or flags.FLAGS)(list(argv))
+        except (NunerError, flags.Error) as error:
+            return show(error)
+
+    def guarded_main(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:  # --verbosity=0 shows what the libraries have to say
             logging.set_verbosity(logging.WARNING)
         try:
-            return main(argv)
+            main(argv)
         except NunerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            show(error)
 
-    app.run(guarded)
+    app.run(guarded_main, flags_parser=guarded_parse)

@@ -191,7 +191,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).exists():
         names = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
+        if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
             raise NunerError(f"{folder / INDEX} holds no weight_map; fetch the model again")
         return [folder / name for name in sorted(set(names.values()))]
     present = sorted(path.name for path in folder.glob("*.bin")) or ["nothing of the kind"]
@@ -230,7 +230,7 @@ def _problems(weight: HfWeight, stored: Mapping[str, _Stored], folder: Path) -> 
         if found is None:
             yield f"{name} is missing in {folder}, expected shape {[*weight.hf_shape]}"
         elif found.shape != weight.hf_shape:
-            yield (f"{found.name} in {found.path.name} has shape {[*found.shape]}, expected {[*weight.hf_shape]}")
+            yield f"{found.name} in {found.path.name} has shape {[*found.shape]}, expected {[*weight.hf_shape]}"
         elif found.dtype not in _FLOAT_DTYPES:
             yield (
                 f"{found.name} in {found.path.name} has dtype {found.dtype}, expected one of {', '.join(_FLOAT_DTYPES)}"

@@ -78,7 +78,7 @@ class Progress:
             if not math.isfinite(values[name]):
                 raise NunerError(
                     f"{name} is {values[name]} at step {step}: training stops. {self._last_good()} "
-                    "Lower config.optim.peak_lr or config.optim.clip_norm, or look at the data of this step"
+                    "Lower config.lr or config.optim.clip_norm, or look at the data of this step"
                 )
         self._steps += 1
         for name, value in values.items():

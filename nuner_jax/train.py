@@ -106,7 +106,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     total = config.steps if config.steps is not None else math.ceil(config.epochs * task.steps_per_epoch)
     o = config.optim
     schedule = optim.learning_rate(
-        o.schedule, peak=o.peak_lr, end=o.end_lr, warmup_steps=round(o.warmup * total), total_steps=total
+        o.schedule, peak=config.lr, end=o.end_lr, warmup_steps=round(o.warmup * total), total_steps=total
     )
     optimizer = optim.make_optimizer(
         schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
@@ -208,4 +208,4 @@ def _finish(run: Run, metrics: dict[str, float], began: float, console: Console)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, config_lib.parse_flags)

@@ -62,6 +62,7 @@ LAYERS = {
         "models",
         "models.encoder",
         "models.encoder_config",
+        "models.hf_weights",
         "models.params",
         "models.towers",
         "pretrained",

@@ -31,13 +31,13 @@ _CONCEPT_ROWS = 256  # concept names encoded at once in evaluation; a multiple o
 class Pretrain:
     """The two towers, the contrastive loss, packed batches, and evaluation by loss and retrieval."""
 
-    best_metric = "validation/loss"
-    best_is_lower = True
     counts = ("sequences", "tokens", "concepts", "concept_tokens")
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         """Opens (or builds) the data and fixes all shapes; no parameter is made yet."""
         self._config, self._mesh = config, mesh
+        self.best_metric = config.checkpoint.best
+        self.best_is_lower = self.best_metric == "validation/loss"
         self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
         self.tokenizer = pretrained.load_tokenizer(pretrained.resolve(config.model.tokenizer or config.model.text))
         for encoder in (self.text_config, self.concept_config):

@@ -17,16 +17,16 @@ def get_config(path="sample"):
     config.model.tokenizer = "nuner_jax/data/sample/tokenizer"
     config.model.encoder.update(
         vocab_size=8192,
-        hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=128,
         max_position_embeddings=66,
     )
     config.model.frozen_layers = 1
     config.model.dtype = "float32"
-    config.loss.scale = 32**-0.5
-    config.optim.peak_lr = 1e-3
+    config.loss.scale = 64**-0.5
+    config.lr = 1e-3
     config.eval.every = 10
     config.eval.rows = 8
     config.checkpoint.every = 5
