@@ -1,6 +1,6 @@
 """Real weights, real text, two CPU cores: MiniLM towers on four sources of open-type annotation.
 
-    python -m nuner_jax.train --config=configs/minilm_open.py:FOLDER_OF_MINILM
+python -m nuner_jax.train --config=configs/minilm_open.py:FOLDER_OF_MINILM
 """
 
 from nuner_jax.config import pretrain, source, sources

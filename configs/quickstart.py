@@ -3,7 +3,7 @@
 launch/local.sh train --config=configs/quickstart.py
 """
 
-from nuner_jax.config import pretrain
+from nuner_jax.config import SAMPLE_TOKENIZER, pretrain
 
 
 def get_config():
@@ -16,7 +16,7 @@ def get_config():
     config.data.cache_dir = "runs/cache"
 
     config.model.init = "scratch"
-    config.model.tokenizer = "nuner_jax/data/sample/tokenizer"  # byte-level BPE learned from the sample
+    config.model.tokenizer = SAMPLE_TOKENIZER  # byte-level BPE learned from the sample
     config.model.encoder.update(
         vocab_size=8192,
         hidden_size=128,

@@ -20,6 +20,9 @@ from ml_collections import ConfigDict, config_dict
 
 from nuner_jax.errors import NunerError
 
+SAMPLE_TOKENIZER = "nuner_jax/data/sample/tokenizer"
+"""The embedded sample's own tokenizer, 8,192 entries, as seen from the repository's root."""
+
 
 def pretrain() -> ConfigDict:
     """The paper's contrastive pre-training; see `configs/nuner_base.py`."""
@@ -43,7 +46,7 @@ def pretrain() -> ConfigDict:
             "checkpoint": {
                 "every": 500,  # steps between checkpoints; one at the end and one at SIGTERM besides
                 "keep": 2,  # latest checkpoints kept, beside the best one
-                "best": "retrieval/mrr",  # the evaluation that chooses the best, or "validation/loss", which overfits first
+                "best": "retrieval/mrr",  # what chooses the best one; or "validation/loss", which overfits first
                 "init_from": config_dict.placeholder(str),  # workdir or checkpoint of another run to start from
             },
             "log_every": 50,  # steps between lines of metrics
@@ -76,6 +79,7 @@ def _data() -> ConfigDict:
             "cache_dir": "~/.cache/nuner_jax",  # imported shards and tokenised corpora
             "validation_fraction": 0.02,  # share of texts, by hash; used when an importable file is built
             "drop_concept": "concept",  # texts with this concept are left out (paper); "" keeps them
+            "max_malformed": 0.05,  # share of rows that an importable file may have malformed; they are counted
             "rows": 64,  # packed rows per optimizer update, over all devices
             "row_length": 512,  # tokens per row; longer texts are split into windows at word boundaries
             "concept_row_length": 512,  # tokens per row of packed concept names
@@ -170,7 +174,7 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     """
     named = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
     if named:
-        known = [key for key, _ in _leaves(_load(named[-1]))]
+        known = [key for key, _ in _leaves(load_file(named[-1]))]
         for argument in argv:
             key = argument.removeprefix("--config.").partition("=")[0]
             if argument.startswith("--config.") and key not in known:
@@ -178,8 +182,12 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     return flags.FLAGS(list(argv))
 
 
-def _load(name: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:ARGUMENT"; what goes wrong in the file is told with its line."""
+def load_file(name: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:ARGUMENT".
+
+    Raises:
+      NunerError: whatever goes wrong in the file, with its line.
+    """
     file, _, argument = name.partition(":")
     try:
         return runpy.run_path(file)["get_config"](*([argument] if argument else []))
@@ -245,7 +253,7 @@ def check(config: ConfigDict) -> None:
         "checkpoint.keep": 1,
         "log_every": 1,
     }
-    at_most = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5}
+    at_most = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5, "data.max_malformed": 1.0}
     for key, least in at_least.items():
         if flat[key] is not None and flat[key] < least:
             raise NunerError(f"config.{key} = {flat[key]}: at least {least} is needed")

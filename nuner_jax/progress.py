@@ -50,13 +50,18 @@ class Progress:
         self._counts, self._learning_rate, self._waited = counts, learning_rate, waited
         self._last_good, self._writer, self._console = last_good, writer, console
         self._pending: tuple[int, dict] | None = None
-        self._seconds_per_step: float | None = None
+        self._compiled = False
         self._shown = 0.0
         self._begin_interval()
 
     def _begin_interval(self) -> None:
         self._sums: dict[str, float] = {}
         self._steps = 0
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """The interval's steps from here on are timed; those before it count for the means alone."""
+        self._untimed_sums, self._untimed_steps = dict(self._sums), self._steps
         self._began, self._paused, self._waited_before = time.perf_counter(), 0.0, self._waited()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -83,9 +88,9 @@ class Progress:
         self._steps += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        if self._steps == 1 and self._seconds_per_step is None:
-            self._seconds_per_step = 0.0  # the first step compiles: its time says nothing about the next ones
-            self._began, self._paused = time.perf_counter(), 0.0
+        if not self._compiled:
+            self._compiled = True  # the first step compiles: its time says nothing about the next ones
+            self._start_clock()
         due = step % self._log_every == 0 or step == self._total
         self._show(step, values["loss"], due)
         if due:
@@ -93,7 +98,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time inside does not count as training."""
+        """Time inside does not count as training; not around `flush`, which may start another interval."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
@@ -107,21 +112,24 @@ class Progress:
     def _elapsed(self) -> float:
         return max(1e-9, time.perf_counter() - self._began - self._paused)
 
+    def _pace(self) -> dict[str, float]:
+        """Time per step and amounts per second of the steps that were timed in this interval, if any."""
+        steps, elapsed = self._steps - self._untimed_steps, self._elapsed()
+        if not steps:
+            return {}
+        return {
+            f"{name}_per_second": (self._sums[name] - self._untimed_sums.get(name, 0.0)) / elapsed
+            for name in self._counts
+        } | {
+            "seconds_per_step": elapsed / steps,
+            "data_wait_share": min(1.0, (self._waited() - self._waited_before) / elapsed),
+        }
+
     def _log(self, step: int) -> None:
         """One line of metrics: means over the interval, rates per second of its training time."""
-        elapsed = self._elapsed()
-        means = {f"train/{name}": total / self._steps for name, total in self._sums.items()}
-        rates = {f"train/{name}_per_second": self._sums[name] / elapsed for name in self._counts}
-        self._writer.write(
-            step,
-            means
-            | rates
-            | {
-                "train/learning_rate": float(self._learning_rate(step - 1)),
-                "train/seconds_per_step": elapsed / self._steps,
-                "train/data_wait_share": min(1.0, (self._waited() - self._waited_before) / elapsed),
-            },
-        )
+        metrics = {name: total / self._steps for name, total in self._sums.items()} | self._pace()
+        metrics["learning_rate"] = float(self._learning_rate(step - 1))
+        self._writer.write(step, {f"train/{name}": value for name, value in metrics.items()})
         self._begin_interval()
 
     def _show(self, step: int, loss: float, due: bool) -> None:
@@ -129,11 +137,10 @@ class Progress:
         if not due and now - self._shown < _REFRESH:
             return
         self._shown = now
-        if self._steps > 1:
-            self._seconds_per_step = self._elapsed() / self._steps
+        pace = self._pace()
         parts = [f"step {step:,}/{self._total:,}", f"loss {loss:.4f}"]
-        if self._seconds_per_step:
-            rates = [f"{self._sums[name] / self._elapsed():,.0f} {name}/s" for name in self._counts[:1]]
-            left = duration(self._seconds_per_step * (self._total - step))
-            parts += [f"{self._seconds_per_step:.3g} s/step", *rates, f"{left} left"]
+        if pace:
+            rates = [f"{pace[f'{name}_per_second']:,.0f} {name}/s" for name in self._counts[:1]]
+            left = duration(pace["seconds_per_step"] * (self._total - step))
+            parts += [f"{pace['seconds_per_step']:.3g} s/step", *rates, f"{left} left"]
         self._console.progress("  ".join(parts), final=due)

@@ -57,8 +57,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         metrics = task.metrics(sums) | {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(trained),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(trained),
         }
         return TrainState(state.step + 1, combine(trained, frozen), opt_state), metrics
 

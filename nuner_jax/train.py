@@ -24,6 +24,7 @@ from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.errors import NunerError, run_command
+from nuner_jax.folders import writing
 from nuner_jax.preemption import StopRequest
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState
@@ -69,12 +70,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     began = time.time()
     console = Console(jax.process_index() == 0)
-    run = prepare(config, workdir, console)
-    metrics, stopped_by = loop(run, console)
-    if stopped_by:
-        console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
-    elif jax.process_index() == 0:
-        _finish(run, metrics, began, console)
+    with writing(workdir):
+        run = prepare(config, workdir, console)
+        metrics, stopped_by = loop(run, console)
+        if stopped_by:
+            console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
+        elif jax.process_index() == 0:
+            _finish(run, metrics, began, console)
     return metrics
 
 
@@ -158,9 +160,9 @@ def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
             stopped_by = None if last else stop.reached(step)
             evaluating = step > settled and (last or step % config.eval.every == 0)
             saving = step > settled and (last or stopped_by or (step > 0 and step % config.checkpoint.every == 0))
+            if evaluating or saving:
+                progress.flush()
             with progress.paused():
-                if evaluating or saving:
-                    progress.flush()
                 if evaluating:
                     evaluated = run_evaluators(run.task, state.params)
                     progress.evaluated(step, evaluated)

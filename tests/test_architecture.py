@@ -44,7 +44,6 @@ LAYERS = {
         "data.align",
         "data.builder",
         "data.corpus",
-        "data.folders",
         "data.importers",
         "data.importers.conll",
         "data.importers.formats",
@@ -71,6 +70,7 @@ LAYERS = {
     "leaves": {
         "config",
         "errors",
+        "folders",
         "optim",
         "preemption",
         "progress",

@@ -201,9 +201,7 @@ def test_two_processes_train_as_one_and_stop_together(launch, undisturbed, tmp_p
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(launch, tmp_path):
     launch.run(tmp_path, "--config.steps=5")
-    output = launch.run(
-        tmp_path, "--config.steps=20", "--config.lr=1e30", "--config.optim.schedule=constant", code=2
-    )
+    output = launch.run(tmp_path, "--config.steps=20", "--config.lr=1e30", "--config.optim.schedule=constant", code=2)
     assert re.search(r"error: (loss|grad_norm) is (nan|inf) at step \d+: training stops", output), output
     assert f"The last good checkpoint is {tmp_path}/checkpoints/5" in output
     assert all(np.isfinite(leaf).all() for leaf in final_state(tmp_path).values())
@@ -211,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_micro_batches_add_up_to_one_update(launch, tmp_path):
     output = launch.run(tmp_path, "--config.steps=4", "--config.optim.accumulate=4", "--config.eval.every=100")
-    assert "'rows': 2" in output
+    assert "batch: rows 2, " in output
     lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
     assert len(lines) == 4
     assert lines[0]["train/sequences"] > 8, "the four micro-batches of a step are counted together"

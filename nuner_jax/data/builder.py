@@ -22,10 +22,10 @@ from typing import Any
 
 from absl import logging
 
-from nuner_jax.data.folders import locked, workshop, writing
 from nuner_jax.data.importers import SAMPLE, ImportOptions, Report, import_records, resolve_inputs
 from nuner_jax.data.records import Entity, Record
 from nuner_jax.errors import NunerError
+from nuner_jax.folders import locked, workshop, writing
 
 FORMAT_VERSION = 1  # raise it when the same input gives other shards: it is part of every key
 REPORT_FILE = "report.json"

@@ -18,8 +18,8 @@ import numpy as np
 from absl import logging
 
 from nuner_jax.data import builder, ragged
-from nuner_jax.data.folders import locked, workshop, writing
 from nuner_jax.errors import NunerError
+from nuner_jax.folders import locked, workshop, writing
 from nuner_jax.pretrained import tokenizer_fingerprint
 
 _FORMAT = 1  # raise it when the arrays below change meaning: older caches are then left alone
@@ -96,7 +96,7 @@ def load_corpus(
     """
     key = {
         "format": _FORMAT,
-        "data": {name: builder.fingerprint(folder) for name, folder in sources.items()},
+        "data": [(name, builder.fingerprint(folder)) for name, folder in sources.items()],  # their order counts
         "split": split,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "window": window,
@@ -114,12 +114,18 @@ def load_corpus(
 
 
 def _open_corpus(folder: Path, fingerprint: str) -> Corpus:
-    info = json.loads((folder / "corpus.json").read_text())
+    def broken(path: Path) -> NunerError:
+        return NunerError(f"{path} is missing or incomplete: delete the folder {folder}, and it is made again")
+
+    try:
+        info = json.loads((folder / "corpus.json").read_text())
+    except ValueError as error:
+        raise broken(folder / "corpus.json") from error
     arrays = {}
     for name, dtype in _ARRAYS.items():
         path, size = folder / name, info["sizes"][name]
         if not path.exists() or path.stat().st_size != size * np.dtype(dtype).itemsize:
-            raise NunerError(f"{path} is missing or incomplete: delete the folder {folder}, and it is made again")
+            raise broken(path)
         arrays[name] = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
     return Corpus(
         **arrays,
@@ -264,8 +270,9 @@ def _word_starts(texts: list[str], char_T: np.ndarray) -> np.ndarray:
 def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[np.ndarray, np.ndarray]:
     """Token ranges of the windows: whole texts where they fit, else pieces that end at word boundaries.
 
-    A piece ends at the last word boundary that divides no mention; failing that, at the last word boundary;
-    failing that (one "word" longer than a window), where the window is full. Nothing is left out.
+    A piece ends at the last word boundary that divides no mention; failing that (a "word" longer than a window,
+    a script without spaces), after the last token where no mention is divided; failing that (a mention longer
+    than a window), at the last word boundary, or where the window is full. Nothing is left out.
     """
     starts, stops = [], []
     for start, stop in zip(token_offsets[:-1].tolist(), token_offsets[1:].tolist(), strict=True):
@@ -273,11 +280,16 @@ def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[
             _count(report, "texts_without_tokens", 1)
         _count(report, "texts_split", int(stop - start > capacity))
         while stop - start > capacity:
-            cuts = np.arange(start + capacity // 2, start + capacity + 1)
-            words = cuts[breaks_T[cuts]]
-            clean = words[~inside_T[words]]
-            kind = "cuts_between_words" if clean.size else "cuts_through_mentions" if words.size else "cuts_in_words"
-            cut = int((clean if clean.size else words if words.size else cuts)[-1])
+            cuts = np.arange(start + 1, start + capacity + 1)
+            words, outside = breaks_T[cuts], ~inside_T[cuts]
+            choices = (
+                ("cuts_between_words", cuts[words & outside]),
+                ("cuts_in_words", cuts[outside]),
+                ("cuts_through_mentions", cuts[words]),
+                ("cuts_through_mentions", cuts),
+            )
+            kind, places = next(choice for choice in choices if choice[1].size)
+            cut = int(places[-1])
             _count(report, kind, 1)
             starts.append(start)
             stops.append(cut)
@@ -299,7 +311,8 @@ def _encode_concepts(names: list[str], tokenizer, concept_length: int, report) -
 
 def special_tokens(tokenizer) -> tuple[int, int]:
     """The ids of the tokens that begin and end a sequence ([CLS] … [SEP], or <s> … </s>)."""
-    return tokenizer.cls_token_id, tokenizer.sep_token_id
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return tokenizer.bos_token_id if begin is None else begin, tokenizer.eos_token_id if end is None else end
 
 
 def _count(report: dict[str, int], key: str, number: int) -> None:

@@ -67,7 +67,7 @@ class PackedLoader:
           shuffle: False keeps one fixed order for all epochs (evaluation).
 
         Raises:
-          NunerError: the corpus is empty at these weights, or a sequence is longer than a row.
+          NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
         """
         self.corpus, self.seed, self.pad_id, self.shuffle = corpus, seed, pad_id, shuffle
         self._visits_M = _visits(corpus, weights or {}, seed)
@@ -242,6 +242,9 @@ class PackedLoader:
 
 def _visits(corpus: Corpus, weights: dict[str, float], seed: int) -> np.ndarray:
     """The sequences of one epoch: each source as often as its weight says, int64 [M]."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise NunerError(f"config.data.sources.{name}.weight = {weight}: visits per epoch are at least 0")
     keys_W = np.random.Generator(np.random.Philox(key=[seed, 2**63])).random(corpus.source_W.size)
     weight_W = np.array([weights.get(name, 1.0) for name in corpus.source_names])[corpus.source_W]
     copies_W = np.floor(weight_W) + (keys_W < weight_W % 1)

@@ -44,7 +44,11 @@ class Pretrain:
             pretrained.check_tokenizer(self.tokenizer, encoder)
         self._check_rows()
         data = config.data
-        options = {"validation_fraction": data.validation_fraction, "drop_concept": data.drop_concept or None}
+        options = {
+            "validation_fraction": data.validation_fraction,
+            "drop_concept": data.drop_concept or None,
+            "max_malformed": data.max_malformed,
+        }
         cache_dir = Path(data.cache_dir).expanduser()
         self._sources = {
             name: ensure_built(source.path, cache_dir / "shards", **options) for name, source in data.sources.items()
@@ -268,16 +272,15 @@ class Pretrain:
         """What was read, how it is packed, and how large the model is."""
         for split, corpus in (("train", self.corpus), ("validation", self.validation)):
             report = corpus.report
-            yield (
-                f"{split}: {report['texts']:,} texts, {report['tokens']:,} tokens in {report['sequences']:,} sequences, "
-                f"{report['mentions']:,} mentions of {report['concepts']:,} concepts"
-            )
+            amounts = ("texts", "sequences", "tokens", "mentions", "concepts")
+            yield f"{split}: " + ", ".join(f"{report[name]:,} {name}" for name in amounts)
             for name in ("texts_split", "cuts_through_mentions", "cuts_in_words", "mentions_without_tokens"):
                 if report.get(name):
                     yield f"{split}: {name.replace('_', ' ')}: {report[name]:,}"
             if report["concept_names_cut"]:
                 yield f"{split}: {report['concept_names_cut']:,} concept names cut (config.data.concept_length)"
-        yield f"packing: {self.loader.fill:.1%} of text slots filled; batch shapes {dataclasses.asdict(self.loader.shapes)}"
+        shapes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(self.loader.shapes).items())
+        yield f"packing: {self.loader.fill:.1%} of text slots filled; batch: {shapes}"
         sizes = {
             tower: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self._abstract[tower]))
             for tower in ("text", "concept")
@@ -286,7 +289,10 @@ class Pretrain:
 
     def save_assets(self, workdir: Path) -> None:
         """The tokenizer."""
-        self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
+        try:
+            self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
+        except Exception as error:  # the Rust side raises no OSError for a full disk
+            raise NunerError(f"cannot write the tokenizer to {workdir}: {error}") from error
 
     def export_info(self) -> dict:
         """Sizes of the towers, pooling, and the fingerprint of the training data."""
@@ -303,13 +309,13 @@ class Pretrain:
         if "retrieval/mrr" in metrics:
             concepts = int(metrics["retrieval/concepts"])
             chance = sum(1 / rank for rank in range(1, concepts + 1)) / concepts
-            yield (
-                f"A mention's token finds its concept first among {concepts:,} in {metrics['retrieval/top1']:.1%} of cases "
-                f"(chance {1 / concepts:.2%}); mean reciprocal rank {metrics['retrieval/mrr']:.3f} (chance {chance:.4f})."
-            )
+            top1, mrr = metrics["retrieval/top1"], metrics["retrieval/mrr"]
+            yield f"Among the {concepts:,} concepts of the validation split, a mention's token ranks its own"
+            yield f"  first in {top1:.1%} of cases (chance {1 / concepts:.2%}); mean reciprocal rank {mrr:.3f} ({chance:.3f})"
         yield "Next:"
-        yield f"  tensorboard --logdir {workdir}"
-        yield f"  python -m nuner_jax.export --checkpoint={workdir} --out=my_encoder"
+        yield f"  launch/local.sh evaluate --checkpoint={workdir}"
+        yield f"  launch/local.sh export --checkpoint={workdir} --out=my_encoder"
+        yield "  launch/local.sh data.build --input=YOUR_FILE --out=shards/yours"
 
 
 def _encoder_config(config: ConfigDict, tower: str) -> EncoderConfig:

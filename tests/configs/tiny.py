@@ -1,6 +1,6 @@
 """A model of seconds for the tests: `tiny.py:FILE` trains on the rows of that file."""
 
-from nuner_jax.config import pretrain, source, sources
+from nuner_jax.config import SAMPLE_TOKENIZER, pretrain, source, sources
 
 
 def get_config(path="sample"):
@@ -14,7 +14,7 @@ def get_config(path="sample"):
     config.data.concept_row_length = 64
 
     config.model.init = "scratch"
-    config.model.tokenizer = "nuner_jax/data/sample/tokenizer"
+    config.model.tokenizer = SAMPLE_TOKENIZER
     config.model.encoder.update(
         vocab_size=8192,
         hidden_size=64,

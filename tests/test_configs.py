@@ -1,0 +1,141 @@
+"""Every config: it resolves, its keys are known, and one whole train step has the shapes it should."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import pytest
+from ml_collections import config_flags
+
+from nuner_jax import config as config_lib
+from nuner_jax import initialise, optim, sharding, steps
+from nuner_jax.errors import NunerError
+from nuner_jax.tasks import make_task
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+# Sizes of the encoders that the configs name, as their config.json gives them; no weights are needed for shapes.
+ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
+XLMR = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": 250002}
+ENCODERS = {
+    "nuner_base": ROBERTA | BASE,
+    "nuner_large": ROBERTA | LARGE,
+    "nuner_bert": BERT | BASE,
+    "nuner_multilingual": XLMR | BASE,
+    "minilm_open": BERT | SMALL,
+}
+
+
+def read(path):
+    return config_lib.load_file(str(path))
+
+
+@pytest.fixture
+def on_small_data(rows_file, tmp_path, minilm_folder):
+    """Makes a config find its encoder's sizes and some rows on this machine."""
+
+    def adapt(config, name):
+        config.data.sources = config_lib.sources(rows=config_lib.source(str(rows_file)))
+        config.data.cache_dir = str(rows_file.parent / "cache")
+        if name in ENCODERS:
+            folder = tmp_path / "encoder"
+            tokenizer = minilm_folder if ENCODERS[name]["model_type"] == "bert" else ROOT / config_lib.SAMPLE_TOKENIZER
+            shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "config.json"))
+            (folder / "config.json").write_text(json.dumps(ENCODERS[name] | {"layer_norm_eps": 1e-5}))
+            config.model.text = config.model.concept = str(folder)
+        return config
+
+    return adapt
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_one_whole_step_of_every_config_has_the_right_shapes(path, on_small_data):
+    config = on_small_data(read(path), path.stem)
+    config_lib.check(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    task = make_task(config, mesh)
+    schedule = optim.learning_rate("constant", peak=1, end=0, warmup_steps=0, total_steps=1)
+    optimizer = optim.make_optimizer(schedule, b1=0.9, b2=0.9, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
+    state = initialise.abstract_state(task, optimizer, mesh, config.mesh.rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = steps.make_train_step(task, optimizer, shardings, mesh, config.seed)
+    batch = task.train_batch(0, lambda rows: slice(0, rows))
+    for name, value in batch.items():
+        assert value.shape[:2] == (config.optim.accumulate, task.batch_rows[name]), name
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert all(metric.shape == () for metric in metrics.values())
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after.params)} == {"float32"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_tells_its_command(path):
+    assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+def test_the_argument_of_a_config_reaches_it():
+    config = read(ROOT / "configs" / "nuner_multilingual.py:bert-base-multilingual-cased")
+    assert config.model.text == config.model.concept == "bert-base-multilingual-cased"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("--config.lrr=1", "no such key; did you mean lr"),
+        ("--config.optim.warmups=1", "did you mean optim.warmup?"),
+        ("--config.data.source.sample.path=x", "did you mean data.sources.sample.path"),
+        ("--config.lr=fast", "could not convert string to float"),
+        ("--config=configs/nothing.py", "No such file"),
+        ("--confg=configs/quickstart.py", "Did you mean: config"),
+        ("--config.model.dtype=float16", "config.model.dtype = 'float16': choose one of 'float32', 'bfloat16'"),
+        ("--config.optim.warmup=2", "config.optim.warmup = 2.0: between 0 and 1.0"),
+        ("--config.data.rows=0", "config.data.rows = 0: at least 1"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_the_nearest_right_one(run_python, wrong, hint):
+    done = run_python("-m", "nuner_jax.train", "--config=configs/quickstart.py", wrong, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and hint in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ("config.optim.warm_up = 1", r"line 4: no such key 'warm_up'; did you mean optim.warmup?"),
+        ("config.lr = 'high'", "line 4: TypeError"),
+        ("1 / 0", "line 4: ZeroDivisionError"),
+        ("config.data.sources.web = 3", "line 4: no such key 'web'"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, hint):
+    path = tmp_path / "mine.py"
+    lines = ["from nuner_jax.config import pretrain", "def get_config():", "    config = pretrain()", f"    {body}"]
+    path.write_text("\n".join([*lines, "    return config", ""]))
+    with pytest.raises(NunerError) as error:
+        read(path)
+    assert hint in str(error.value) and str(path) in str(error.value)
+
+
+def test_our_reading_of_a_config_file_is_that_of_the_flags(monkeypatch):
+    from absl import flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    name = "configs/nuner_multilingual.py:other"
+    monkeypatch.chdir(ROOT)
+    values(["program", f"--config={name}"])
+    assert values.config.to_json_best_effort() == read(name).to_json_best_effort()
+
+
+def test_the_difference_between_two_configs_is_told_key_by_key(tmp_path):
+    config = config_lib.pretrain()
+    config_lib.save(config, tmp_path / "config.json")
+    assert config_lib.difference(config, tmp_path / "config.json") == []
+    config.data.rows = 3
+    assert config_lib.difference(config, tmp_path / "config.json") == ["data.rows: 64 -> 3"]
