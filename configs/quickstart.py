@@ -8,7 +8,7 @@ from nuner_jax.config import SAMPLE_TOKENIZER, pretrain
 
 def get_config():
     config = pretrain()
-    config.epochs = 12.0
+    config.epochs = 8.0
 
     config.data.rows = 16  # about 64 passages of 30 tokens
     config.data.row_length = 128

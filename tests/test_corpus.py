@@ -180,8 +180,11 @@ def test_windows_hold_every_token_once_and_end_between_words_outside_mentions(lo
         assert sorted(moved) == sorted(found), "no pair is lost or moved"
 
         spans = tokenizer(record.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        again = [t > 0 and spans[t - 1][0] == start for t, (start, _) in enumerate(spans)]  # of one character
         starts_word = [start == 0 or record.text[start - 1].isspace() for start, _ in spans]
-        divides = [any(e.start < start < e.end for e in record.entities) for start, _ in spans]
+        divides = [
+            a or any(e.start < s < e.end for e in record.entities) for a, (s, _) in zip(again, spans, strict=True)
+        ]
         for start, stop in zip(shifts[:-1], shifts[1:-1], strict=False):
             kind = "through_mentions" if divides[stop] else "between_words" if starts_word[stop] else "in_words"
             counts[f"cuts_{kind}"] += 1
@@ -210,16 +213,17 @@ def test_a_word_longer_than_a_window_is_cut_where_the_window_is_full(load_record
 
 
 def test_a_script_without_spaces_is_cut_outside_mentions(load_records, tokenizer):
-    record = marked("她在[北京|city]见到[王明|person]后飞往[上海|city]与[李雷|person]开会并参观[故宫|museum]的展览")
+    record = marked("𝒜她在[北京|city]见到[王明|person]后飞往[上海|city]与[李雷|person]开会并参观[故宫|museum]的展览")
     corpus = load_records(tokenizer, record, window=14)
     cut = sequences(corpus)
     assert len(cut) > 2
     assert [t for part in cut for t in part[1:-1]] == tokenizer(record.text, add_special_tokens=False)["input_ids"]
     assert corpus.report["cuts_in_words"] == len(cut) - 1
     ends = np.cumsum([len(part) - 2 for part in cut])
-    for entity in record.entities:
-        window_of = np.searchsorted(ends, overlapping(tokenizer, record.text, entity), side="right")
-        assert len(set(window_of)) == 1, record.text[entity.start : entity.end]
+    whole = [*record.entities, *(Entity(at, at + 1, "a character of several bytes") for at in range(len(record.text)))]
+    for part in whole:
+        window_of = np.searchsorted(ends, overlapping(tokenizer, record.text, part), side="right")
+        assert len(set(window_of)) == 1, record.text[part.start : part.end]
 
 
 def test_a_mention_longer_than_a_window_is_cut_and_counted_and_stays_positive(load_records, tokenizer):

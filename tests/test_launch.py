@@ -21,7 +21,15 @@ DOCUMENTS = ["README.md", "launch/README.md"]
 # "tests/file.py::function" (or "tests/file.py"), or a CI step by its file. A command nobody runs
 # has no place there.
 RUN_BY = {
-    "launch/local.sh train --config=configs/quickstart.py": "tests/test_quickstart.py",
+    "launch/local.sh train --config=configs/quickstart.py": "tests/test_quickstart.py::quickstart",
+    "launch/local.sh evaluate --checkpoint=runs/quickstart": "tests/test_quickstart.py::"
+    "test_evaluate_and_export_take_the_finished_run",
+    "launch/local.sh export --checkpoint=runs/quickstart --out=runs/my_encoder": "tests/test_quickstart.py::"
+    "test_evaluate_and_export_take_the_finished_run",
+    "launch/local.sh data.build --input=nuner_jax/data/sample/completions.jsonl.gz --out=shards/sample": "tests/"
+    "test_quickstart.py::test_shards_are_built_and_trained_on",
+    "launch/local.sh train --config=configs/quickstart.py --config.data.sources.sample.path=shards/sample "
+    "--config.epochs=0.1 --workdir=runs/shards": "tests/test_quickstart.py::test_shards_are_built_and_trained_on",
     "launch/test.sh": ".ci/run",
     "launch/test.sh tests/test_launch.py -x": "tests/test_launch.py::test_test_lints_and_tests",
 }

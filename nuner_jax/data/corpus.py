@@ -222,11 +222,12 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
     )
     pairs_Px2 = np.unique(pairs_Px2, axis=0)
 
-    breaks_T = _word_starts(texts, spans_Tx2[:, 0])
-    inside_T = np.zeros(ids_T.size + 1, np.int32)  # a cut before this token would divide a mention
+    within_T = np.diff(spans_Tx2[:, 0], prepend=-1) == 0  # a further token of the same character (bytes of an emoji)
+    breaks_T = _word_starts(texts, spans_Tx2[:, 0]) & ~within_T
+    inside_T = np.zeros(ids_T.size + 1, np.int32)  # a cut before this token would divide a mention, or a character
     np.add.at(inside_T, first_M[stop_M > first_M] + 1, 1)
     np.add.at(inside_T, stop_M[stop_M > first_M], -1)
-    inside_T = np.cumsum(inside_T)[:-1] > 0
+    inside_T = (np.cumsum(inside_T)[:-1] > 0) | within_T
     start_W, stop_W = _windows(token_offsets, breaks_T, inside_T, window - 2, report)
     _count(report, "texts", len(texts))
     _count(report, "sequences", start_W.size)
@@ -271,7 +272,7 @@ def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[
     """Token ranges of the windows: whole texts where they fit, else pieces that end at word boundaries.
 
     A piece ends at the last word boundary that divides no mention; failing that (a "word" longer than a window,
-    a script without spaces), after the last token where no mention is divided; failing that (a mention longer
+    a script without spaces), after the last token where no mention or character is divided; failing that (a mention longer
     than a window), at the last word boundary, or where the window is full. Nothing is left out.
     """
     starts, stops = [], []

@@ -310,8 +310,8 @@ class Pretrain:
             concepts = int(metrics["retrieval/concepts"])
             chance = sum(1 / rank for rank in range(1, concepts + 1)) / concepts
             top1, mrr = metrics["retrieval/top1"], metrics["retrieval/mrr"]
-            yield f"Among the {concepts:,} concepts of the validation split, a mention's token ranks its own"
-            yield f"  first in {top1:.1%} of cases (chance {1 / concepts:.2%}); mean reciprocal rank {mrr:.3f} ({chance:.3f})"
+            yield f"Among the {concepts:,} concepts of the validation split, a mention's token ranks its own first"
+            yield f"  in {top1:.1%} of cases (chance {1 / concepts:.2%}); mean reciprocal rank {mrr:.3f} (chance {chance:.3f})"
         yield "Next:"
         yield f"  launch/local.sh evaluate --checkpoint={workdir}"
         yield f"  launch/local.sh export --checkpoint={workdir} --out=my_encoder"

@@ -1,0 +1,87 @@
+"""The README's commands, in its order, in a fresh copy of the project: the main job and what follows it."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from nuner_jax.writers import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> pathlib.Path:
+    """What a clone holds, where nothing has run yet."""
+    folder = tmp_path_factory.mktemp("clone") / "nuner_jax"
+    for name in ("nuner_jax", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def launch(clone, command: str) -> str:
+    """Runs `launch/local.sh MODULE FLAG…` in the environment that is at hand (test_launch.py tests the script)."""
+    script, module, *flags = command.split()
+    assert script == "launch/local.sh"
+    done = subprocess.run(
+        [sys.executable, "-m", f"nuner_jax.{module}", *flags],
+        cwd=clone,
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(clone) -> str:
+    return launch(clone, "launch/local.sh train --config=configs/quickstart.py")
+
+
+def test_the_quickstart_reaches_the_figure_that_the_readme_tells(clone, quickstart):
+    workdir = clone / "runs" / "quickstart"
+    metrics = json.loads((workdir / "result.json").read_text())["metrics"]
+    start = next(line for line in read_metrics(workdir) if "retrieval/mrr" in line)
+    assert start["retrieval/mrr"] < 0.03, "random weights know nothing"
+    assert metrics["retrieval/concepts"] == 535
+    assert 0.15 < metrics["retrieval/mrr"] < 0.20, "the README says about 0.17"
+    assert metrics["retrieval/top1"] > 0.1
+
+
+def test_the_quickstart_leaves_a_plot_an_export_and_a_way_on(clone, quickstart):
+    workdir = clone / "runs" / "quickstart"
+    assert (workdir / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "training.png").stat().st_size > 10_000
+    assert (workdir / "export" / "model.safetensors").stat().st_size > 1e6
+    closing = quickstart.splitlines()[-12:]
+    for words in ("Trained to step", "Hugging Face folder:", "best checkpoint:", "in 1", "Next:"):
+        assert any(words in line for line in closing), words
+
+
+def test_evaluate_and_export_take_the_finished_run(clone, quickstart):
+    printed = launch(clone, "launch/local.sh evaluate --checkpoint=runs/quickstart")
+    best = max(line.get("retrieval/mrr", 0) for line in read_metrics(clone / "runs" / "quickstart"))
+    assert json.loads(printed)["retrieval/mrr"] == pytest.approx(best, rel=1e-4)
+    launch(clone, "launch/local.sh export --checkpoint=runs/quickstart --out=runs/my_encoder")
+    assert (clone / "runs" / "my_encoder" / "config.json").is_file()
+
+
+def test_shards_are_built_and_trained_on(clone):
+    printed = launch(
+        clone, "launch/local.sh data.build --input=nuner_jax/data/sample/completions.jsonl.gz --out=shards/sample"
+    )
+    assert "6,000" in printed
+    train = (
+        "launch/local.sh train --config=configs/quickstart.py --config.data.sources.sample.path=shards/sample "
+        "--config.epochs=0.1 --workdir=runs/shards"
+    )
+    printed = launch(clone, train)
+    assert "5,882 texts" in printed
