@@ -8,7 +8,7 @@ from nuner_jax.config import pretrain, source, sources
 
 def get_config(weights="sentence-transformers/all-MiniLM-L6-v2"):
     config = pretrain()
-    config.epochs = 1.0
+    config.epochs = 2.0
     config.lr = 2e-4
 
     config.data.sources = sources(

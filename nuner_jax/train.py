@@ -50,6 +50,9 @@ def main(argv: Sequence[str]) -> None:
     config_lib.check(config)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file.partition(":")[0]).stem)
+    if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
+        compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     if _COORDINATOR.value or _DISTRIBUTED.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     train(config, workdir.expanduser().absolute())
@@ -198,7 +201,8 @@ def _finish(run: Run, metrics: dict[str, float], began: float, console: Console)
         made["plot"] = run.workdir / "training.png"
         plot_training(run.workdir, made["plot"])
     made["best checkpoint"] = run.checkpoints.path(run.checkpoints.best)
-    if run.config.export:
+    # Reading a checkpoint concerns all processes, and only the first is here: several leave the export to the command.
+    if run.config.export and jax.process_count() == 1:
         made["Hugging Face folder"] = run.workdir / "export"
         export.export(made["best checkpoint"], made["Hugging Face folder"])
     console.say()

@@ -37,11 +37,15 @@ def make(workdir: Path) -> None:
 
 
 def write_config(config: ConfigDict, workdir: Path, resumed: bool) -> list[str]:
-    """Writes the resolved config; returns what it changes, where the run resumes under another one."""
+    """Writes the resolved config, and returns what it changes where the run resumes under another one.
+
+    The first process does both: the others might read what is half written.
+    """
+    if jax.process_index() > 0:
+        return []
     path = workdir / _CONFIG_FILE
     changes = config_lib.difference(config, path) if resumed and path.exists() else []
-    if jax.process_index() == 0:
-        config_lib.save(config, path)
+    config_lib.save(config, path)
     return changes
 
 

@@ -125,6 +125,7 @@ def plot_training(workdir: Path, out: Path) -> None:
                 )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.axes[0].set_yscale("log")
     figure.savefig(out, dpi=120)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -45,18 +43,19 @@ def rows_dir(rows_file, tmp_path_factory) -> Path:
     return builder.ensure_built(str(rows_file), tmp_path_factory.mktemp("shards"), validation_fraction=0.1)
 
 
-@pytest.fixture
-def load(rows_dir, tmp_path):
-    """load_corpus on the 400 rows, with a cache of its own; arguments override."""
+@pytest.fixture(scope="module")
+def load(rows_dir, tmp_path_factory):
+    """load_corpus on the 400 rows, with a cache for all tests; arguments override."""
+    shared = tmp_path_factory.mktemp("cache")
 
-    def load_rows(tokenizer, sources=None, split="train", window=128, concept_length=32) -> Corpus:
+    def load_rows(tokenizer, sources=None, split="train", window=128, concept_length=32, cache=shared) -> Corpus:
         return load_corpus(
             sources or {"rows": rows_dir},
             split,
             tokenizer,
             window=window,
             concept_length=concept_length,
-            cache_dir=tmp_path / "cache",
+            cache_dir=cache,
         )
 
     return load_rows
@@ -212,9 +211,10 @@ def test_a_word_longer_than_a_window_is_cut_where_the_window_is_full(load_record
     }
 
 
-def test_a_script_without_spaces_is_cut_outside_mentions(load_records, tokenizer):
+@pytest.mark.parametrize("window", [14, 15])
+def test_a_script_without_spaces_is_cut_outside_mentions(load_records, tokenizer, window):
     record = marked("𝒜她在[北京|city]见到[王明|person]后飞往[上海|city]与[李雷|person]开会并参观[故宫|museum]的展览")
-    corpus = load_records(tokenizer, record, window=14)
+    corpus = load_records(tokenizer, record, window=window)
     cut = sequences(corpus)
     assert len(cut) > 2
     assert [t for part in cut for t in part[1:-1]] == tokenizer(record.text, add_special_tokens=False)["input_ids"]
@@ -235,6 +235,13 @@ def test_a_mention_longer_than_a_window_is_cut_and_counted_and_stays_positive(lo
     cut = sequences(corpus)
     spelt = " ".join(tokenizer.decode([cut[w][p] for p in at]).strip() for w, at in enumerate(positive) if at)
     assert spelt == title, "cut between its words"
+
+
+def test_no_cut_divides_the_bytes_of_a_character(load_records, byte_level):
+    title = "🏛️ 👩‍👧 🇮🇹 𝒜𝓈 🌋🌋 " * 4
+    corpus = load_records(byte_level, marked(f"they read [{title.strip()}|book title] aloud"), window=18)
+    assert corpus.report["cuts_through_mentions"] > 5
+    assert not [part for part in sequences(corpus) if "�" in byte_level.decode(part)]
 
 
 def test_a_text_without_tokens_has_no_sequence(load_records, minilm, tmp_path):
@@ -339,22 +346,23 @@ def corpus_files(cache: Path) -> dict[Path, tuple[int, int]]:
 def test_a_corpus_is_made_once_per_data_tokenizer_split_and_lengths(
     load, load_records, byte_level, minilm, tmp_path, rows_dir
 ):
-    first = load(byte_level)
-    before = corpus_files(tmp_path / "cache")
-    assert load(byte_level).fingerprint == first.fingerprint
-    assert corpus_files(tmp_path / "cache") == before, "read, not made again"
+    cache = tmp_path / "cache"
+    first = load(byte_level, cache=cache)
+    before = corpus_files(cache)
+    assert load(byte_level, cache=cache).fingerprint == first.fingerprint
+    assert corpus_files(cache) == before, "read, not made again"
     byte_level("padded and cut for another purpose", padding="max_length", truncation=True, max_length=9)
-    assert load(byte_level).fingerprint == first.fingerprint
+    assert load(byte_level, cache=cache).fingerprint == first.fingerprint
     others = [
-        load(minilm),
-        load(byte_level, window=64),
-        load(byte_level, concept_length=16),
-        load(byte_level, split="validation"),
-        load(byte_level, {"other name": rows_dir}),
-        load_records(byte_level, marked("the [Tiber|river]")),
+        load(minilm, cache=cache),
+        load(byte_level, window=64, cache=cache),
+        load(byte_level, concept_length=16, cache=cache),
+        load(byte_level, split="validation", cache=cache),
+        load(byte_level, {"other name": rows_dir}, cache=cache),
+        load_records(byte_level, marked("the [Tiber|river]"), cache=cache),
     ]
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 7
-    assert {p: s for p, s in corpus_files(tmp_path / "cache").items() if p in before} == before
+    assert {path: stat for path, stat in corpus_files(cache).items() if path in before} == before
 
 
 @pytest.mark.parametrize(
@@ -362,53 +370,53 @@ def test_a_corpus_is_made_once_per_data_tokenizer_split_and_lengths(
     [("tokens_T", "cut"), ("pair_offsets_W1", "removed"), ("concept_tokens_U", "cut"), ("corpus.json", "cut")],
 )
 def test_a_damaged_cache_is_named_and_can_be_made_again(load_records, load, byte_level, tmp_path, name, damage):
-    whole = sequences(load_records(byte_level, marked("the [Tiber|river] at [Rome|city]")))
-    [path] = (tmp_path / "cache").rglob(name)
+    made, cache = {"made": tmp_path / "made"}, tmp_path / "cache"
+    whole = sequences(load_records(byte_level, marked("the [Tiber|river] at [Rome|city]"), cache=cache))
+    [path] = cache.rglob(name)
     if damage == "cut":
         os.truncate(path, path.stat().st_size - 1)
     else:
         path.unlink()
     with pytest.raises(NunerError, match=re.escape(f"{path} is missing or incomplete: delete the folder")):
-        load(byte_level, {"made": tmp_path / "made"})
+        load(byte_level, made, cache=cache)
     shutil.rmtree(path.parent)
-    assert sequences(load(byte_level, {"made": tmp_path / "made"})) == whole
+    assert sequences(load(byte_level, made, cache=cache)) == whole
 
 
 def test_a_cache_that_cannot_be_written_is_named(load, byte_level, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(NunerError, match=re.escape(f"{tmp_path / 'cache' / 'corpus'}") + ".*cannot be written"):
-        load(byte_level)
+    cache = tmp_path / "cache"
+    cache.write_text("a file")
+    with pytest.raises(NunerError, match=re.escape(f"{cache / 'corpus'}") + ".*cannot be written"):
+        load(byte_level, cache=cache)
 
 
-RACER = """
-import sys, time
+RACE = """
+import os, sys
 from pathlib import Path
+import tensorflow_datasets, transformers  # before the race, which would otherwise be one of imports
 from absl import logging
 from nuner_jax.data.corpus import load_corpus
 from nuner_jax.pretrained import load_tokenizer
-import tensorflow_datasets
+
+data, tokenizer, cache = map(Path, sys.argv[1:])
 logging.set_verbosity(logging.INFO)
-data, tokenizer, cache, go = map(Path, sys.argv[1:])
 tokenizer = load_tokenizer(tokenizer)
-print("ready", flush=True)
-while not go.exists():
-    time.sleep(0.001)
-corpus = load_corpus({"rows": data}, "train", tokenizer, window=64, concept_length=32, cache_dir=cache)
-print(corpus.fingerprint, corpus.tokens_T.size, int(corpus.tokens_T.sum()))
+wait, start = os.pipe()
+for _ in range(2):
+    if os.fork() == 0:
+        os.close(start)
+        os.read(wait, 1)
+        corpus = load_corpus({"rows": data}, "train", tokenizer, window=64, concept_length=32, cache_dir=cache)
+        os.write(1, f"{corpus.fingerprint} {corpus.tokens_T.size} {corpus.tokens_T.sum()}\\n".encode())
+        os._exit(0)
+os.close(start)
+sys.exit(max(os.wait()[1] for _ in range(2)))
 """
 
 
-def test_processes_that_race_make_one_corpus(rows_dir, root, tmp_path):
-    cache, go = tmp_path / "cache", tmp_path / "go"
-    command = [sys.executable, "-c", RACER, rows_dir, root / "nuner_jax" / "data" / "sample" / "tokenizer", cache, go]
-    racers = [
-        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
-    ]
-    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
-    go.touch()
-    (out, log), (other_out, other_log) = (racer.communicate(timeout=60) for racer in racers)
-    assert [racer.returncode for racer in racers] == [0, 0], log + other_log
-    assert out == other_out
-    assert (log + other_log).count("tokenised the train split of source rows") == 1
-    folders = [path.name for path in (cache / "corpus").iterdir() if path.is_dir()]
-    assert folders == [f"train-{out.split()[0][:16]}"]
+def test_processes_that_race_make_one_corpus(rows_dir, root, run_python, tmp_path):
+    done = run_python("-c", RACE, rows_dir, root / "nuner_jax" / "data" / "sample" / "tokenizer", tmp_path)
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert done.stderr.count("tokenised the train split of source rows") == 1
+    assert [path.name for path in (tmp_path / "corpus").iterdir() if path.is_dir()] == [f"train-{first[:16]}"]

@@ -224,10 +224,7 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
 
     within_T = np.diff(spans_Tx2[:, 0], prepend=-1) == 0  # a further token of the same character (bytes of an emoji)
     breaks_T = _word_starts(texts, spans_Tx2[:, 0]) & ~within_T
-    inside_T = np.zeros(ids_T.size + 1, np.int32)  # a cut before this token would divide a mention, or a character
-    np.add.at(inside_T, first_M[stop_M > first_M] + 1, 1)
-    np.add.at(inside_T, stop_M[stop_M > first_M], -1)
-    inside_T = (np.cumsum(inside_T)[:-1] > 0) | within_T
+    inside_T = _within_mentions(first_M, stop_M, ids_T.size) | within_T
     start_W, stop_W = _windows(token_offsets, breaks_T, inside_T, window - 2, report)
     _count(report, "texts", len(texts))
     _count(report, "sequences", start_W.size)
@@ -261,6 +258,14 @@ def _mentions(records, char_offsets, concept_ids, mentions) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
+def _within_mentions(first_M: np.ndarray, stop_M: np.ndarray, size: int) -> np.ndarray:
+    """bool [T]: whether a cut before a token would divide a mention (tokens first to stop, exclusive)."""
+    depth_T1 = np.zeros(size + 1, np.int32)
+    np.add.at(depth_T1, first_M[stop_M > first_M] + 1, 1)
+    np.add.at(depth_T1, stop_M[stop_M > first_M], -1)
+    return np.cumsum(depth_T1)[:-1] > 0
+
+
 def _word_starts(texts: list[str], char_T: np.ndarray) -> np.ndarray:
     """bool [T]: whether a token begins a word, that is, follows white space or begins with it."""
     chars = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -272,8 +277,8 @@ def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[
     """Token ranges of the windows: whole texts where they fit, else pieces that end at word boundaries.
 
     A piece ends at the last word boundary that divides no mention; failing that (a "word" longer than a window,
-    a script without spaces), after the last token where no mention or character is divided; failing that (a mention longer
-    than a window), at the last word boundary, or where the window is full. Nothing is left out.
+    a script without spaces), after the last token where no mention or character is divided; failing that (a
+    mention longer than a window), at the last word boundary, or where the window is full. Nothing is left out.
     """
     starts, stops = [], []
     for start, stop in zip(token_offsets[:-1].tolist(), token_offsets[1:].tolist(), strict=True):

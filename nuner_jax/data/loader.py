@@ -64,7 +64,7 @@ class PackedLoader:
           seed: of the shuffles.
           pad_id: token id of empty positions.
           weights: source name -> visits per epoch (default 1 each); a fraction is a seeded part of the source.
-          shuffle: False keeps one fixed order for all epochs (evaluation).
+          shuffle: False gives one epoch and then empty rows, for evaluation.
 
         Raises:
           NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
@@ -120,7 +120,6 @@ class PackedLoader:
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The sequence in each slot, and the order of the rows, of one epoch."""
-        epoch = epoch if self.shuffle else 0
         sequences = packing.assign(self._slots, self._by_length_M, self._length_M, self.seed, epoch)
         return self._visits_M[sequences], packing.shuffled_rows(self._slots.num_rows, self.seed, epoch)
 

@@ -308,10 +308,10 @@ class Pretrain:
         """What the retrieval figures mean, and the next commands."""
         if "retrieval/mrr" in metrics:
             concepts = int(metrics["retrieval/concepts"])
-            chance = sum(1 / rank for rank in range(1, concepts + 1)) / concepts
-            top1, mrr = metrics["retrieval/top1"], metrics["retrieval/mrr"]
+            chance_top1, chance_mrr = 1 / concepts, sum(1 / rank for rank in range(1, concepts + 1)) / concepts
             yield f"Among the {concepts:,} concepts of the validation split, a mention's token ranks its own first"
-            yield f"  in {top1:.1%} of cases (chance {1 / concepts:.2%}); mean reciprocal rank {mrr:.3f} (chance {chance:.3f})"
+            yield f"  in {metrics['retrieval/top1']:.1%} of cases (chance {chance_top1:.2%});"
+            yield f"  the mean reciprocal rank is {metrics['retrieval/mrr']:.3f} (chance {chance_mrr:.3f})."
         yield "Next:"
         yield f"  launch/local.sh evaluate --checkpoint={workdir}"
         yield f"  launch/local.sh export --checkpoint={workdir} --out=my_encoder"
