@@ -1,6 +1,18 @@
 """Real weights, real text, two CPU cores: MiniLM towers on four sources of open-type annotation.
 
-python -m nuner_jax.train --config=configs/minilm_open.py:FOLDER_OF_MINILM
+    python -m nuner_jax.train --config=configs/minilm_open.py:FOLDER_OF_MINILM
+
+`--config.data.sources.hotpot.path=FILE` and its like say where the data is (`python -m nuner_jax.data.build` reads the
+same files). Cost: 843 steps of about 50 sentences, which took 26 minutes on two cores shared with other work; left alone,
+a step took 1.0 to 1.1 s, which makes 15 minutes and the evaluations. Measured (seed 0, all-MiniLM-L6-v2, validation split of 568 texts and 1,599 concepts):
+
+    step              0    100    200    300    400    500    700    843
+    loss           7.08   4.14   3.76   3.58   3.42   3.30   3.26   3.22
+    top-1 (%)       9.2   23.1   26.4   29.0   31.6   33.2   35.1   35.1
+    MRR           0.162  0.336  0.380  0.413  0.439  0.455  0.474  0.474
+
+The paper's form of the logit (scale 1, bias 0, both fixed), which starts from a loss of 915, had an MRR of 0.06 after
+40 steps of its own schedule, against 0.28 with the scale and bias of this config.
 """
 
 from nuner_jax.config import pretrain, source, sources

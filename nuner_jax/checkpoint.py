@@ -7,6 +7,8 @@ export or an evaluation reads the parameters alone.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +18,18 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from nuner_jax.errors import NunerError
+from nuner_jax.folders import local_path
 from nuner_jax.sharding import tree_paths
 from nuner_jax.state import TrainState
 
 _FOLDER = "checkpoints"
+_REASON_CHARACTERS = 300
 
 
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: str, *, keep: int, best_metric: str, best_is_lower: bool):
+    def __init__(self, workdir: Path, *, keep: int, best_metric: str, best_is_lower: bool):
         """Opens (or makes) WORKDIR/checkpoints.
 
         Args:
@@ -103,10 +107,12 @@ class Checkpoints:
           NunerError: naming every leaf that is missing, unexpected, or of another shape.
         """
         step = self.latest
-        check_leaves(self.path(step), "params", abstract.params)
-        check_leaves(self.path(step), "opt_state", abstract.opt_state)
+        way_on = functools.partial(_resume_without, self.path(step))
+        another = "use the config that it was trained with, or another --workdir"
+        check_leaves(self.path(step), "params", abstract.params, another, way_on)
+        check_leaves(self.path(step), "opt_state", abstract.opt_state, another, way_on)
         trees = {"params": abstract.params, "opt_state": abstract.opt_state}
-        with _reading(self.path(step)):
+        with _reading(self.path(step), way_on):
             restored = self._checkpointer.load_checkpointables(step, trees)
         count = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         return _donatable(TrainState(count, restored["params"], restored["opt_state"]))
@@ -115,7 +121,7 @@ class Checkpoints:
         return _storage_errors(f"cannot write a checkpoint to {self._checkpointer.directory}", self._kept)
 
     def _kept(self) -> str:
-        steps = sorted(int(p.name) for p in Path(self._checkpointer.directory).iterdir() if p.name.isdigit())
+        steps = _steps(Path(self._checkpointer.directory))
         kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was written before"
         return f"{kept}; free some space or choose another --workdir, and start the same command again to resume"
 
@@ -126,11 +132,11 @@ def resolve(path: str) -> Path:
     Raises:
       NunerError: there is none.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = local_path(path)
     if (folder / "params").exists():
         return folder
     for parent in (folder / _FOLDER, folder):
-        if parent.is_dir() and any(child.name.isdigit() for child in parent.iterdir()):
+        if _steps(parent):
             with _reading(parent), ocp.training.Checkpointer(epath.Path(parent)) as checkpointer:
                 info = read_info(parent / str(checkpointer.latest.step))
                 return parent / str(_best(checkpointer, info.get("best_metric"), info.get("best_is_lower")))
@@ -146,44 +152,64 @@ def _best(checkpointer, metric: str | None, is_lower: bool) -> int | None:
 
 
 def read_info(folder: Path) -> dict:
-    """What `save` was told about the model."""
+    """What `save` was told about the model.
+
+    Raises:
+      NunerError: it cannot be read.
+    """
     with _reading(folder):
-        return ocp.checkpointables_metadata(folder).custom_metadata or {}
+        info = ocp.checkpointables_metadata(folder).custom_metadata
+        if not info:  # Orbax passes over a file that it cannot read
+            raise ValueError("it does not tell what model it holds (_CHECKPOINT_METADATA)")
+        return info
 
 
-def load_params(folder: Path, abstract_params: dict | None = None, *, name: str = "params") -> dict:
+def load_params(
+    folder: Path, abstract_params: dict | None = None, *, name: str = "params", donatable: bool = False
+) -> dict:
     """The parameters of a checkpoint: placed as `abstract_params` says, else as they are on one device.
+
+    With `abstract_params` all processes of a run read together; without, this one reads alone.
 
     Args:
       folder: WORKDIR/checkpoints/STEP.
       abstract_params: shapes, dtypes and shardings; None takes what is there.
       name: "params", or "opt_state" to look at the optimizer's memory.
+      donatable: whether a jitted function may be given the result as a donated argument: a copy, which takes the
+        memory twice for a moment.
 
     Raises:
       NunerError: naming every leaf that differs from `abstract_params`, or a checkpoint that cannot be read.
     """
     if abstract_params is None:
-        with _reading(folder):
-            tree = ocp.checkpointables_metadata(folder).metadata[name]
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract_params = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), tree)
+        tree = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), _saved_tree(folder, name))
+        with _reading(folder), _alone():
+            params = ocp.load_checkpointables(folder, {name: tree})[name]
     else:
-        check_leaves(folder, name, abstract_params)
-    with _reading(folder):
-        return _donatable(ocp.load_checkpointables(folder, {name: abstract_params})[name])
+        way_on = "make config.model that of the checkpoint, or config.checkpoint.init_from a run of this model"
+        check_leaves(folder, name, abstract_params, way_on)
+        with _reading(folder):
+            params = ocp.load_checkpointables(folder, {name: abstract_params})[name]
+    return _donatable(params) if donatable else params
 
 
-def check_leaves(folder: Path, name: str, abstract_tree) -> None:
+def check_leaves(
+    folder: Path, name: str, abstract_tree, way_on: str, way_on_if_damaged: Callable[[], str] | None = None
+) -> None:
     """Compares shapes leaf by leaf, since a mismatch inside Orbax does not name the leaf.
+
+    Args:
+      folder: WORKDIR/checkpoints/STEP.
+      name: "params" or "opt_state".
+      abstract_tree: the shapes that are wanted.
+      way_on: what to do about another model; ends the error.
+      way_on_if_damaged: what to do about a checkpoint that cannot be read.
 
     Raises:
       NunerError: naming every leaf that is missing, unexpected, or of another shape.
     """
-    with _reading(folder):
-        saved = ocp.checkpointables_metadata(folder).metadata
-    if name not in saved:
-        raise NunerError(f"{folder} holds no {name}: it is not a checkpoint of this program's training")
-    there, here = tree_paths(saved[name]), tree_paths(abstract_tree)
+    there, here = tree_paths(_saved_tree(folder, name, way_on_if_damaged)), tree_paths(abstract_tree)
     shape = lambda leaf: tuple(getattr(leaf, "shape", ()))  # noqa: E731
     lines = [
         f"  {path}: in the model {shape(here[path])}, not in the checkpoint" for path in here.keys() - there.keys()
@@ -199,24 +225,73 @@ def check_leaves(folder: Path, name: str, abstract_tree) -> None:
     if lines:
         shown = "\n".join(sorted(lines)[:20]) + (f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else "")
         raise NunerError(
-            f"{folder} is a checkpoint of another model ({name}: {len(lines)} leaves differ):\n{shown}\n"
-            "use the config that it was trained with, or another --workdir"
+            f"{folder} is a checkpoint of another model ({name}: {len(lines)} leaves differ):\n{shown}\n{way_on}"
         )
 
 
+def _saved_tree(folder: Path, name: str, way_on: Callable[[], str] | None = None):
+    """The shapes and dtypes that a checkpoint holds under a name."""
+    with _reading(folder, way_on):
+        tree = ocp.checkpointables_metadata(folder).metadata.get(name)
+        if tree is None and (folder / name).is_dir():  # Orbax logs what it cannot read, and goes on
+            raise ValueError(f"its {name}/_METADATA cannot be read")
+    if tree is None:
+        raise NunerError(f"{folder} holds no {name}: it is not a checkpoint of this program's training")
+    return tree
+
+
+def _alone() -> ocp.Context:
+    """Reading by this process only; Orbax would else wait for all the others to do the same."""
+    me, context = jax.process_index(), ocp.Context()
+    context.multiprocessing.primary_host = me
+    context.multiprocessing.active_processes = {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{me}_alone"
+    return context
+
+
 def check_space(workdir: Path, state: TrainState, keep: int) -> None:
-    """Compares the disk space that the checkpoints will take with what is free.
+    """Compares the disk space that the checkpoints will take, beside those already there, with what is free.
 
     Raises:
       NunerError: it does not suffice.
     """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed, free = size * (keep + 2), shutil.disk_usage(workdir).free  # the best, and the one being written
+    folder = workdir / _FOLDER
+    held = len(_steps(folder))
+    # Beside the latest: the best, and the one being written, for which an old one makes way only when it is whole.
+    more = max(1, keep + 2 - held)
+    # Orbax deletes what an interrupted save left behind.
+    unfinished = [child for child in folder.iterdir() if not child.name.isdigit()] if folder.is_dir() else []
+    needed, free = more * size, shutil.disk_usage(workdir).free + sum(map(_bytes_in, unfinished))
     if free < needed:
+        count = f"{more} {'more ' if held else ''}checkpoint{'s' * (more > 1)}"
         raise NunerError(
-            f"{workdir}: {free / 1e9:.2f} GB are free, and {keep + 2} checkpoints of {size / 1e9:.2f} GB need "
-            f"{needed / 1e9:.2f} GB; free some space, choose another --workdir, or lower config.checkpoint.keep"
+            f"{workdir}: {_size(free)} are free, and {_size(needed)} are needed for {count} of {_size(size)}; "
+            "free some space, choose another --workdir, or lower config.checkpoint.keep"
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process may be deleting it
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def _size(count: float) -> str:
+    """A number of bytes for people: "12.3 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that a folder has whole checkpoints of, ascending: Orbax renames them when they are."""
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) if folder.is_dir() else []
 
 
 def _donatable(tree):
@@ -226,16 +301,38 @@ def _donatable(tree):
     )(tree)
 
 
-def _reading(folder: Path):
-    return _storage_errors(f"cannot read the checkpoint {folder}", lambda: "is it whole, and of this program?")
+def _reading(folder: Path, way_on: Callable[[], str] | None = None):
+    return _storage_errors(f"cannot read the checkpoint {folder}", way_on or functools.partial(_another, folder))
+
+
+def _resume_without(damaged: Path) -> str:
+    older = [step for step in _steps(damaged.parent) if step < int(damaged.name)]
+    return f"delete {damaged} to " + (f"resume from step {older[-1]}" if older else "start afresh")
+
+
+def _another(damaged: Path) -> str:
+    others = [str(step) for step in _steps(damaged.parent) if str(step) != damaged.name]
+    if not others:
+        return "is it whole, and of this program?"
+    return f"is it whole? another one can be given: {damaged.parent}/{' or '.join(others)}"
 
 
 @contextlib.contextmanager
-def _storage_errors(what: str, hint: Callable[[], str]):
+def _storage_errors(what: str, way_on: Callable[[], str]):
     """Turns the many errors of storage into one that names the folder and says what to do."""
     try:
         yield
     except NunerError:
         raise
     except Exception as error:  # Orbax and TensorStore raise a dozen types, ValueError among them
-        raise NunerError(f"{what}: {error}; {hint()}") from error
+        raise NunerError(f"{what}: {_reason(error)}; {way_on()}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error began with, in a line: Orbax wraps it in pages about its registry of handlers."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        if not isinstance(cause, Exception) or isinstance(cause, StopIteration):  # of Python's own json module
+            break
+        error = cause
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _REASON_CHARACTERS else line[:_REASON_CHARACTERS] + "…"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import runpy
 import traceback
@@ -20,8 +21,8 @@ from ml_collections import ConfigDict, config_dict
 
 from nuner_jax.errors import NunerError
 
-SAMPLE_TOKENIZER = "nuner_jax/data/sample/tokenizer"
-"""The embedded sample's own tokenizer, 8,192 entries, as seen from the repository's root."""
+SAMPLE_TOKENIZER = str(Path(__file__).parent / "data" / "sample" / "tokenizer")
+"""The folder of the embedded sample's own tokenizer, 8,192 entries."""
 
 
 def pretrain() -> ConfigDict:
@@ -172,13 +173,16 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     Raises:
       NunerError: a config file that is missing or wrong, with its line; an unknown key, with the nearest one.
     """
-    named = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
-    if named:
-        known = [key for key, _ in _leaves(load_file(named[-1]))]
+    name = None
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            name = following if match[1] is None else match[1]
+    if name:
+        known = [key for key, _ in _leaves(load_file(name))]
         for argument in argv:
-            key = argument.removeprefix("--config.").partition("=")[0]
-            if argument.startswith("--config.") and key not in known:
-                raise NunerError(f"--config.{key}: no such key{_nearest(key, known)}")
+            override = re.fullmatch(r"--?config\.([^=]+)(=.*)?", argument)
+            if override and override[1] not in known:
+                raise NunerError(f"--config.{override[1]}: no such key{_nearest(override[1], known)}")
     return flags.FLAGS(list(argv))
 
 
@@ -228,7 +232,10 @@ def check(config: ConfigDict) -> None:
         "loss.normaliser": ("positives", "pairs"),
         "checkpoint.best": ("retrieval/mrr", "validation/loss"),
     }
-    flat = dict(_leaves(config))
+    flat, known = dict(_leaves(config)), dict(_leaves(pretrain()))
+    for key in flat:
+        if key not in known and not key.startswith("data.sources."):
+            raise NunerError(f"config.{key}: no such key{_nearest(key, list(known))}")
     for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise NunerError(f"config.{key} = {flat[key]!r}: choose one of {', '.join(map(repr, allowed))}")
@@ -255,7 +262,7 @@ def check(config: ConfigDict) -> None:
     }
     at_most = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5, "data.max_malformed": 1.0}
     for key, least in at_least.items():
-        if flat[key] is not None and flat[key] < least:
+        if flat[key] is not None and not flat[key] >= least:  # so that NaN is refused too
             raise NunerError(f"config.{key} = {flat[key]}: at least {least} is needed")
     for key, most in at_most.items():
         if not 0 <= flat[key] <= most:
@@ -273,8 +280,22 @@ def _leaves(config: ConfigDict, prefix: str = ""):
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes the resolved config as JSON."""
-    path.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+    """Writes the resolved config as JSON: wholly, or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> ConfigDict:
+    """The config that `save` wrote.
+
+    Raises:
+      NunerError: there is none, or it cannot be read.
+    """
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise NunerError(f"{path} cannot be read as a config: {error}") from error
 
 
 def difference(config: ConfigDict, path: Path, ignore: Sequence[str] = ()) -> list[str]:
@@ -285,7 +306,7 @@ def difference(config: ConfigDict, path: Path, ignore: Sequence[str] = ()) -> li
       path: the saved one.
       ignore: keys that may differ.
     """
-    there = dict(_leaves(ConfigDict(json.loads(path.read_text()))))
+    there = dict(_leaves(read(path)))
     here = dict(_leaves(ConfigDict(json.loads(config.to_json_best_effort()))))
     keys = [key for key in here | there if here.get(key) != there.get(key) and key not in ignore]
     return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys]

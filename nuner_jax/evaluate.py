@@ -6,10 +6,13 @@ Runs the evaluations that training runs, on the data of the run's own config, an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 import jax
 from absl import flags
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 
 from nuner_jax import checkpoint, sharding
 from nuner_jax import workdir as workdir_lib
@@ -35,12 +38,31 @@ def evaluate(path: str) -> dict[str, float | int | str]:
     """
     folder = checkpoint.resolve(path)
     config = workdir_lib.read_config(folder.parent.parent)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = _mesh(config)
     task = make_task(config, mesh)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     params = checkpoint.load_params(folder, sharding.with_shardings(mesh, shapes, config.mesh.rules))
     metrics = run_evaluators(task, params)
     return {"checkpoint": str(folder), "step": int(folder.name), **metrics}
+
+
+def _mesh(config: ConfigDict) -> Mesh:
+    """The run's mesh where it fits the devices at hand, else as many of them along `data` as its rows split over.
+
+    The number of rows stays what it was in training, because the loss depends on it: a row's negatives are the
+    concepts of its batch.
+    """
+    rows = (config.eval.rows, config.data.row_multiple, config.data.rows // config.optim.accumulate)
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        if all(number % sharding.batch_devices(mesh) == 0 for number in rows):
+            return mesh
+    except NunerError:  # of a run on another number of devices
+        pass
+    count = math.gcd(jax.device_count(), *rows)
+    return jax.make_mesh(
+        (count, 1, 1), sharding.AXES, devices=jax.devices()[:count], axis_types=(AxisType.Auto,) * len(sharding.AXES)
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from absl import flags
 
 from nuner_jax import checkpoint, pretrained
 from nuner_jax.errors import NunerError, run_command
+from nuner_jax.folders import local_path
 from nuner_jax.models.encoder import EncoderConfig
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1 or not flags.FLAGS.checkpoint or not flags.FLAGS.out:
         raise NunerError("--checkpoint=WORKDIR_OR_CHECKPOINT and --out=FOLDER are needed")
     folder = checkpoint.resolve(flags.FLAGS.checkpoint)
-    out = Path(flags.FLAGS.out).expanduser().absolute()
+    out = local_path(flags.FLAGS.out)
     export(folder, out)
     print(f"exported {folder} to {out}")
     print(f'load it with: transformers.AutoModel.from_pretrained("{out}")')
@@ -46,6 +47,9 @@ def export(folder: Path, out: Path) -> None:
         raise NunerError(
             f"{folder} is a checkpoint of the task {info.get('task')!r}: only pre-training has towers to export"
         )
+    tokenizer = folder.parent.parent / "tokenizer"
+    if not tokenizer.is_dir():
+        raise NunerError(f"{tokenizer} does not exist: an export needs the tokenizer that the run left in its workdir")
     params = checkpoint.load_params(folder)
     scale, bias = (float(params["logit"][name]) for name in ("log_scale", "bias"))
     # Written beside and then renamed, so that nobody reads half a model.
@@ -55,9 +59,9 @@ def export(folder: Path, out: Path) -> None:
             raise NunerError(f"--out={out} exists and is not an export: choose another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        shutil.copytree(folder.parent.parent / "tokenizer", partial, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
         pretrained.save_encoder(partial, EncoderConfig.from_hf(info["text"]), params["text"])
-        shutil.copytree(folder.parent.parent / "tokenizer", partial / "concept")
+        shutil.copytree(tokenizer, partial / "concept")
         pretrained.save_encoder(partial / "concept", EncoderConfig.from_hf(info["concept"]), params["concept"])
         joined = {"log_scale": scale, "bias": bias, "concept_pooling": info["concept_pooling"]}
         (partial / "nuner.json").write_text(

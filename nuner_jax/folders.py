@@ -1,13 +1,40 @@
-"""Folders that appear wholly or not at all, whatever happens while they are made."""
+"""Folders: named by the user, and made wholly or not at all, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from nuner_jax.errors import NunerError
+
+_NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
+_OF_WRITING = _NO_MORE_FILES | {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not permitted
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG),  # not such a place
+    *(errno.EIO, errno.ESTALE),  # broken
+}
+
+
+def local_path(path: str) -> Path:
+    """The absolute path of a file or folder that the user names.
+
+    Args:
+      path: as it was written; `~` is the home folder.
+
+    Raises:
+      NunerError: it is the address of a bucket, of which `Path` would silently make a folder of this machine.
+    """
+    if "://" in path:
+        raise NunerError(
+            f"{path}: only folders of a file system can be used; mount the bucket (gs:// with gcsfuse, say) and give "
+            "the folder where it is mounted, or take a folder that all machines share"
+        )
+    return Path(path).expanduser().absolute()
 
 
 @contextlib.contextmanager
@@ -22,12 +49,22 @@ def workshop(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turns a failing file system (full, read-only, not permitted) into an error with its path."""
+    """Turns a failing file system (full, read-only, not permitted) into an error with its path.
+
+    Other errors of the operating system pass: a missing input or a broken connection is not for `out` to tell.
+    """
     try:
         yield
     except OSError as error:
+        # Libraries wrap what failed in an error without a number.
+        if error.errno not in _OF_WRITING and not (error.errno is None and type(error) in (OSError, shutil.Error)):
+            raise
         reason = error.strerror or str(error)
-        raise NunerError(f"{out}: cannot be written ({reason}); free space there, or choose another folder") from error
+        place = f": {error.filename}" if error.filename and str(error.filename) != str(out) else ""
+        advice = "free space there, or choose another folder"
+        if error.errno in _NO_MORE_FILES:
+            advice = "raise the limit of open files (ulimit -n)"
+        raise NunerError(f"{out}: cannot be written ({reason}{place}); {advice}") from error
 
 
 @contextlib.contextmanager

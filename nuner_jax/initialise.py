@@ -10,12 +10,14 @@ In this order, the first that applies:
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
 from nuner_jax import checkpoint, sharding, steps
+from nuner_jax.errors import NunerError
 from nuner_jax.models.params import flatten, unflatten
 from nuner_jax.state import TrainState
 from nuner_jax.tasks.protocol import Task
@@ -51,31 +53,47 @@ def start(
     """
     if checkpoints.latest is not None:
         path = checkpoints.path(checkpoints.latest)
-        return Start(checkpoints.restore(abstract), f"resumed at step {checkpoints.latest} from {path}", True)
+        state = checkpoints.restore(abstract)
+        _check_data(path, task)
+        return Start(state, f"resumed at step {checkpoints.latest} from {path}", True)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if config.checkpoint.init_from:
         path = checkpoint.resolve(config.checkpoint.init_from)
-        params, origin = checkpoint.load_params(path, abstract.params), f"parameters of the checkpoint {path}"
+        params = checkpoint.load_params(path, abstract.params, donatable=True)
+        origin = f"parameters of the checkpoint {path}"
     else:
-        init = jax.jit(task.init_params, out_shardings=shardings.params)
-        params, origin = init(jax.random.key(config.seed)), f"random parameters of seed {config.seed}"
+        weights, origin = {}, f"random parameters of seed {config.seed}"
         if config.model.init == "pretrained":
             weights = task.pretrained_params(abstract.params)
-            params = _replace(params, weights, shardings.params)
             origin = "pretrained weights: " + ", ".join(f"{name} {config.model[name]}" for name in weights)
+        params = _random_except(weights, task, config.seed, shardings.params)
     new = jax.jit(lambda p: steps.new_state(task, optimizer, p), out_shardings=shardings, donate_argnums=0)
     return Start(new(params), origin, False)
 
 
-def _replace(params: dict, weights: dict, shardings: dict) -> dict:
-    """Puts host arrays in the place of the parameters of the same path, split over the devices alike."""
-    places = flatten(shardings)
-    placed = {
-        path: jax.make_array_from_callback(value.shape, places[path], lambda index, value=value: value[index])
-        for path, value in flatten(weights).items()
-    }
-    return unflatten(flatten(params) | placed)
+def _check_data(path: Path, task: Task) -> None:
+    """A run goes on with the data that it began with, or it would not be the same run."""
+    there, here = checkpoint.read_info(path).get("data"), task.export_info()["data"]
+    if there != here:
+        raise NunerError(
+            f"the training data is not that of the checkpoint {path} (fingerprint {here[:12]}, not {there[:12]}): "
+            "take the old data, or start in another --workdir with --config.checkpoint.init_from=THIS_ONE"
+        )
+
+
+def _random_except(weights: dict, task: Task, seed: int, shardings: dict) -> dict:
+    """Random parameters, but host arrays where there are some; what these replace is never drawn."""
+    weights, places = flatten(weights), flatten(shardings)
+
+    def draw(key: jax.Array) -> dict:
+        return {path: leaf for path, leaf in flatten(task.init_params(key)).items() if path not in weights}
+
+    drawn = {path: place for path, place in places.items() if path not in weights}
+    params = jax.jit(draw, out_shardings=drawn)(jax.random.key(seed))
+    for path, value in weights.items():
+        params[path] = jax.make_array_from_callback(value.shape, places[path], lambda at, value=value: value[at])
+    return unflatten(params)
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh, rules) -> TrainState:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nuner_jax.sharding import BATCH_AXES
+from nuner_jax.sharding import AXES, BATCH_AXES
 
 
 def contrastive_loss_reference(
@@ -80,8 +80,12 @@ def contrastive_loss(
 ) -> dict[str, jax.Array]:
     """Sums of the contrastive loss over the global batch; neither value nor gradient depends on the mesh.
 
+    Rows are split over `sharding.BATCH_AXES`, and the slots of each concept row over `tensor`, so that each device
+    scores its own tokens against 1 / `tensor` of the concepts. Gradients are added up in float32, over devices too,
+    and rounded to the dtype of the vectors once.
+
     Args:
-      mesh: the mesh, with the axes of `sharding.AXES`; rows are split over `sharding.BATCH_AXES`.
+      mesh: the mesh, with the axes of `sharding.AXES`.
       tokens_RxLxD: token vectors, any float dtype; logits are accumulated in float32.
       scored_RxL: bool, the tokens that take part (no padding, no special tokens).
       concepts_QxSxD: concept vectors, Q rows of S slots.
@@ -98,16 +102,17 @@ def contrastive_loss(
     """
     batch = P(BATCH_AXES)
     local = functools.partial(_local_sums, chunk=chunk)
+    missing = -concept_ids_QxS.shape[1] % mesh.shape["tensor"]
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(batch, batch, batch, batch, batch, batch, P(), P()),
+        in_specs=(batch, batch, P(BATCH_AXES, "tensor"), batch, batch, batch, P(), P()),
         out_specs=P(),
     )(
         tokens_RxLxD,
         scored_RxL,
-        concepts_QxSxD,
-        concept_ids_QxS,
+        jnp.pad(concepts_QxSxD, ((0, 0), (0, missing), (0, 0))),
+        jnp.pad(concept_ids_QxS, ((0, 0), (0, missing)), constant_values=-1),
         pair_positions_RxP,
         pair_concepts_RxP,
         scale,
@@ -115,18 +120,22 @@ def contrastive_loss(
     )
 
 
-def _local_sums(tokens, scored, concepts_qxSxD, ids_qxS, pair_positions, pair_concepts, scale, bias, *, chunk):
-    """One device's tokens against the concepts of all devices: the all-gather here is the loss's only one."""
-    depth = tokens.shape[-1]
-    concepts_NxD = jax.lax.all_gather(concepts_qxSxD.reshape(-1, depth), BATCH_AXES, tiled=True)
-    ids_N = jax.lax.all_gather(ids_qxS.reshape(-1), BATCH_AXES, tiled=True)
-    counted_N, pair_columns = _first_occurrences(ids_N, pair_concepts)
+def _local_sums(tokens, scored, concepts_qxsxD, ids_qxS, pair_positions, pair_concepts, scale, bias, *, chunk):
+    """One device's tokens against its slots s of all concept rows: the all-gather here is the loss's only one."""
+    depth, dtype = tokens.shape[-1], jnp.result_type(tokens, concepts_qxsxD)
+    # Widened so that the gradients are added up in float32; the products are those of the narrow vectors.
+    tokens = jax.lax.pcast(tokens.astype(jnp.float32), "tensor", to="varying")
+    concepts_NxD = _gather_widened(concepts_qxsxD).reshape(-1, depth)
+    ids_QxS = jax.lax.all_gather(ids_qxS, BATCH_AXES, tiled=True)
+    counted_N, pair_columns = _own_columns(*_first_occurrences(ids_QxS, pair_concepts), concepts_qxsxD.shape[1])
 
-    dense = _dense_softplus(tokens.reshape(-1, depth), scored.reshape(-1), concepts_NxD, counted_N, scale, bias, chunk)
+    dense = _dense_softplus(
+        tokens.reshape(-1, depth), scored.reshape(-1), concepts_NxD, counted_N, scale, bias, chunk, dtype
+    )
     valid_rxP = (pair_positions >= 0) & (pair_columns >= 0)
     pair_tokens = jnp.take_along_axis(tokens, jnp.maximum(pair_positions, 0)[:, :, None], axis=1)
     pair_vectors = concepts_NxD[jnp.maximum(pair_columns, 0)]
-    dots_rxP = jnp.einsum("rpd,rpd->rp", pair_tokens, pair_vectors, preferred_element_type=jnp.float32)
+    dots_rxP = jnp.einsum("rpd,rpd->rp", pair_tokens, pair_vectors)
     positive_logits = jnp.sum(jnp.where(valid_rxP, scale * dots_rxP + bias, 0.0))
     sums = {
         "loss": dense - positive_logits,
@@ -134,26 +143,52 @@ def _local_sums(tokens, scored, concepts_qxSxD, ids_qxS, pair_positions, pair_co
         "positives": jnp.sum(valid_rxP, dtype=jnp.float32),
         "pairs": jnp.sum(scored, dtype=jnp.float32) * jnp.sum(counted_N, dtype=jnp.float32),
     }
-    return jax.lax.psum(sums, BATCH_AXES)
+    return jax.lax.psum(sums, AXES)
 
 
-def _first_occurrences(ids_N, pair_concepts):
-    """Which columns count (the first of each id), and the column of each pair's concept (-1: not there)."""
+@jax.custom_vjp
+def _gather_widened(x_qx):
+    """The rows of all devices as float32, sent in their own dtype; gradients are added over devices in float32."""
+    return jax.lax.all_gather(x_qx, BATCH_AXES, tiled=True).astype(jnp.float32)
+
+
+def _gather_widened_forward(x_qx):
+    return _gather_widened(x_qx), x_qx[:0]  # what is kept is the dtype
+
+
+def _gather_widened_backward(like, grad_Qx):
+    return (jax.lax.psum_scatter(grad_Qx, BATCH_AXES, tiled=True).astype(like.dtype),)
+
+
+_gather_widened.defvjp(_gather_widened_forward, _gather_widened_backward)
+
+
+def _first_occurrences(ids_QxS, pair_concepts):
+    """Which columns count (the first of each id) [Q, S], and the column of each pair's concept (-1: not there)."""
+    ids_N = ids_QxS.reshape(-1)
     order_N = jnp.argsort(ids_N, stable=True)
     sorted_N = ids_N[order_N]
     first_N = jnp.concatenate([jnp.ones((1,), bool), sorted_N[1:] != sorted_N[:-1]])
     counted_N = jnp.zeros(ids_N.shape, bool).at[order_N].set(first_N & (sorted_N >= 0))
     place = jnp.minimum(jnp.searchsorted(sorted_N, pair_concepts, side="left"), ids_N.size - 1)
     present = (sorted_N[place] == pair_concepts) & (pair_concepts >= 0)
-    return counted_N, jnp.where(present, order_N[place], -1)
+    return counted_N.reshape(ids_QxS.shape), jnp.where(present, order_N[place], -1)
 
 
-def _dense_softplus(tokens_TxD, scored_T, concepts_NxD, counted_N, scale, bias, chunk):
+def _own_columns(counted_QxS, columns, own_slots):
+    """`_first_occurrences` of this device's slots of the rows alone: [Q * own_slots], and columns of those."""
+    start = jax.lax.axis_index("tensor") * own_slots
+    row, slot = columns // counted_QxS.shape[1], columns % counted_QxS.shape[1] - start
+    own = (columns >= 0) & (slot >= 0) & (slot < own_slots)
+    counted_Qxs = jax.lax.dynamic_slice_in_dim(counted_QxS, start, own_slots, axis=1)
+    return counted_Qxs.reshape(-1), jnp.where(own, row * own_slots + slot, -1)
+
+
+def _dense_softplus(tokens_TxD, scored_T, concepts_NxD, counted_N, scale, bias, chunk, dtype):
     """sum_t sum_c softplus(s_tc) over scored tokens and counted concepts, a chunk of concepts at a time."""
 
     def chunk_sum(concepts_CxD, counted_C):
-        dots_TxC = jnp.einsum("td,cd->tc", tokens_TxD, concepts_CxD, preferred_element_type=jnp.float32)
-        softplus_TxC = jax.nn.softplus(scale * dots_TxC + bias)
+        softplus_TxC = jax.nn.softplus(scale * _dots(tokens_TxD, concepts_CxD, dtype) + bias)
         return jnp.sum(jnp.where(scored_T[:, None] & counted_C[None, :], softplus_TxC, 0.0))
 
     num_concepts, depth = concepts_NxD.shape
@@ -173,3 +208,24 @@ def _dense_softplus(tokens_TxD, scored_T, concepts_NxD, counted_N, scale, bias, 
     # A zero that varies over the mesh as the chunk sums do: shard_map's types ask for it.
     zero = jnp.sum(tokens_TxD[:0], dtype=jnp.float32)
     return jax.lax.scan(body, zero, chunks)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dots(a_TxD, b_CxD, dtype):
+    """All dot products of two sets of float32 vectors, multiplied in `dtype` and added in float32, gradients too."""
+    return jnp.einsum("td,cd->tc", a_TxD.astype(dtype), b_CxD.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _dots_forward(a_TxD, b_CxD, dtype):
+    return _dots(a_TxD, b_CxD, dtype), (a_TxD.astype(dtype), b_CxD.astype(dtype))
+
+
+def _dots_backward(dtype, vectors, grad_TxC):
+    (a_TxD, b_CxD), grad_TxC = vectors, grad_TxC.astype(dtype)
+    return (
+        jnp.einsum("tc,cd->td", grad_TxC, b_CxD, preferred_element_type=jnp.float32),
+        jnp.einsum("tc,td->cd", grad_TxC, a_TxD, preferred_element_type=jnp.float32),
+    )
+
+
+_dots.defvjp(_dots_forward, _dots_backward)

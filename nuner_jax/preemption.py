@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import jax
@@ -29,6 +30,8 @@ class StopRequest:
         if self._name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._name = signal.Signals(number).name
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # the notice that the coordination service listens for
 
     def reached(self, step: int) -> str | None:
         """The signal's name if the run should save and stop before doing this step, on all processes alike."""

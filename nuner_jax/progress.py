@@ -29,7 +29,6 @@ class Progress:
         total: int,
         log_every: int,
         counts: Sequence[str],
-        learning_rate: Callable[[int], float],
         waited: Callable[[], float],
         last_good: Callable[[], str],
         writer: MetricWriter | NoWriter,
@@ -41,13 +40,12 @@ class Progress:
           step, total: steps done, and to do in all.
           log_every: steps between lines.
           counts: metrics that are amounts of a step (tokens, …): they are shown as rates; others are averaged.
-          learning_rate: of a step's update, by the steps before it.
           waited: seconds spent waiting for data so far.
           last_good: says which checkpoint to fall back on.
           writer, console: where lines go.
         """
         self._step, self._total, self._log_every = step, total, log_every
-        self._counts, self._learning_rate, self._waited = counts, learning_rate, waited
+        self._counts, self._waited = counts, waited
         self._last_good, self._writer, self._console = last_good, writer, console
         self._pending: tuple[int, dict] | None = None
         self._compiled = False
@@ -73,13 +71,13 @@ class Progress:
         """Records the last step's metrics, waiting for them.
 
         Raises:
-          NunerError: the loss or the gradient of a step is not finite.
+          NunerError: the loss, the gradient or the parameters of a step are not finite.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(values[name]):
                 raise NunerError(
                     f"{name} is {values[name]} at step {step}: training stops. {self._last_good()} "
@@ -104,7 +102,14 @@ class Progress:
         self._paused += time.perf_counter() - start
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Records an evaluation."""
+        """Records an evaluation.
+
+        Raises:
+          NunerError: a figure is not finite: the model is broken, and must not be saved as the best one.
+        """
+        broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise NunerError(f"{', '.join(broken)} at step {step}: training stops. {self._last_good()}")
         self._writer.write(step, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._console.say(f"step {step:,}: {shown}")
@@ -128,7 +133,6 @@ class Progress:
     def _log(self, step: int) -> None:
         """One line of metrics: means over the interval, rates per second of its training time."""
         metrics = {name: total / self._steps for name, total in self._sums.items()} | self._pace()
-        metrics["learning_rate"] = float(self._learning_rate(step - 1))
         self._writer.write(step, {f"train/{name}": value for name, value in metrics.items()})
         self._begin_interval()
 

@@ -53,6 +53,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `BATCH_AXES`, everything else whole: where the activations [rows, ...] of a step belong."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
@@ -109,10 +114,13 @@ def _partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules) -> P:
     return P()
 
 
-def local_rows(sharding: NamedSharding, rows: int) -> slice:
-    """The contiguous rows of a batch that this process's devices hold (axis 1 of a [1, rows] array)."""
-    spans = [index[1].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((1, rows)).values()]
-    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold (axis 1 of a [1, rows] array), ascending int64.
+
+    They need not be neighbours: a mesh orders its devices by how they are wired, not by their process.
+    """
+    places = sharding.addressable_devices_indices_map((1, rows)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in places]))
 
 
 def to_global(sharding: NamedSharding, local_batch: dict[str, np.ndarray], rows: dict[str, int]):
@@ -120,7 +128,7 @@ def to_global(sharding: NamedSharding, local_batch: dict[str, np.ndarray], rows:
 
     Args:
       sharding: `batch_sharding(mesh)`.
-      local_batch: name -> array [A, local rows, ...].
+      local_batch: name -> array [A, local rows, ...], the rows in the order of `local_rows`.
       rows: name -> number of rows of the whole batch.
     """
     return {

@@ -27,13 +27,15 @@ def new_state(task: Task, optimizer: optax.GradientTransformation, params: dict)
 def make_train_step(
     task: Task,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     shardings: TrainState,
     mesh: Mesh,
     seed: int,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted update: (state, batch) -> (state, metrics), the state donated.
 
-    The metrics are the task's (see `Task.metrics`) and `grad_norm`, `param_norm`, of the trained parameters.
+    The metrics are the task's (see `Task.metrics`), and `grad_norm`, `param_norm` (of the trained parameters) and
+    `learning_rate`.
     """
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -59,6 +61,7 @@ def make_train_step(
         metrics = task.metrics(sums) | {
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(trained),
+            "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, combine(trained, frozen), opt_state), metrics
 

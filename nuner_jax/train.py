@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -53,9 +52,17 @@ def main(argv: Sequence[str]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
         compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
-    if _COORDINATOR.value or _DISTRIBUTED.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    _join_processes()
     train(config, workdir.expanduser().absolute())
+
+
+def _join_processes() -> None:
+    """Connects the processes of a run that has several."""
+    cluster = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    if any(value is not None for value in cluster) and None in cluster:
+        raise NunerError("--coordinator, --num_processes and --process_id go together (or --distributed alone)")
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(*cluster)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -66,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       workdir: where checkpoints, metrics and all else goes; if it holds a checkpoint, the run resumes.
 
     Returns:
-      The last evaluation's metrics.
+      The metrics of the best checkpoint.
 
     Raises:
       NunerError: bad input, named before anything is compiled; a loss that is not finite, with its step.
@@ -75,12 +82,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     console = Console(jax.process_index() == 0)
     with writing(workdir):
         run = prepare(config, workdir, console)
-        metrics, stopped_by = loop(run, console)
+        stopped_by = loop(run, console)
         if stopped_by:
             console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
         elif jax.process_index() == 0:
-            _finish(run, metrics, began, console)
-    return metrics
+            _finish(run, began, console)
+    return run.checkpoints.metrics(run.checkpoints.best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +98,6 @@ class Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     task: Task
-    schedule: optax.Schedule
     train_step: Callable
     checkpoints: checkpoint.Checkpoints
     state: TrainState
@@ -104,7 +110,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     workdir_lib.make(workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     console.say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    task = make_task(config, mesh)
+    task = make_task(config, mesh, console.say)
     for line in task.describe():
         console.say(line)
 
@@ -124,20 +130,21 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     start = initialise.start(config, task, optimizer, checkpoints, abstract)
     console.say(f"initialisation: {start.origin}")
     for change in workdir_lib.write_config(config, workdir, start.resumed):
-        console.say(f"config changed since this run began: {change}")
+        console.say(f"config changed since the last start: {change}")
     if jax.process_index() == 0:
         task.save_assets(workdir)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    train_step = steps.make_train_step(task, optimizer, shardings, mesh, config.seed)
-    return Run(config, workdir, mesh, task, schedule, train_step, checkpoints, start.state, start.resumed, total)
+    train_step = steps.make_train_step(task, optimizer, schedule, shardings, mesh, config.seed)
+    return Run(config, workdir, mesh, task, train_step, checkpoints, start.state, start.resumed, total)
 
 
-def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
-    """Steps until the last; returns the last evaluation, and the signal that ended the loop early, if one did."""
+def loop(run: Run, console: Console) -> str | None:
+    """Steps until the last; returns the signal that ended the loop early, if one did."""
     config, checkpoints, state, total = run.config, run.checkpoints, run.state, run.total_steps
-    step, evaluated = int(state.step), {}
-    # A resumed step was evaluated and saved before the interruption.
-    settled = step if run.resumed else -1
+    step = int(state.step)
+    # What an interrupted run did at the step that it resumes from is not done again.
+    saved_at = step if run.resumed else -1
+    evaluated_at = step if run.resumed and checkpoints.metrics(step) else -1
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         writer = MetricWriter(run.workdir, step if run.resumed else None) if console.active else NoWriter()
@@ -150,7 +157,6 @@ def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
             total=total,
             log_every=config.log_every,
             counts=run.task.counts,
-            learning_rate=run.schedule,
             waited=lambda: batches.waited,
             last_good=lambda: _last_good(checkpoints),
             writer=writer,
@@ -161,23 +167,26 @@ def loop(run: Run, console: Console) -> tuple[dict[str, float], str | None]:
             # The order matters: a step's numbers, its evaluation, then its checkpoint, which vouches for both.
             last = step >= total
             stopped_by = None if last else stop.reached(step)
-            evaluating = step > settled and (last or step % config.eval.every == 0)
-            saving = step > settled and (last or stopped_by or (step > 0 and step % config.checkpoint.every == 0))
-            if evaluating or saving:
+            evaluating = not stopped_by and step != evaluated_at and (last or step % config.eval.every == 0)
+            metrics = {}
+            if evaluating:
                 progress.flush()
-            with progress.paused():
-                if evaluating:
-                    evaluated = run_evaluators(run.task, state.params)
-                    progress.evaluated(step, evaluated)
-                if saving:
-                    checkpoints.save(state, evaluated if evaluating else {}, run.task.export_info())
+                with progress.paused():
+                    metrics = run_evaluators(run.task, state.params)
+                progress.evaluated(step, metrics)
+                stopped_by = None if last else stop.reached(step)  # a notice that came meanwhile
+            due = last or stopped_by or (step > 0 and step % config.checkpoint.every == 0)
+            if due and step != saved_at:
+                progress.flush()
+                with progress.paused():
+                    checkpoints.save(state, metrics, run.task.export_info())
             if last or stopped_by:
                 break
-            state, metrics = run.train_step(state, batches.get())
+            state, step_metrics = run.train_step(state, batches.get())
             step += 1
-            progress.step(step, metrics)
+            progress.step(step, step_metrics)
         checkpoints.wait()
-        return evaluated or checkpoints.metrics(step), stopped_by
+        return stopped_by
 
 
 def _global_batch(run: Run, step: int) -> dict[str, jax.Array]:
@@ -194,19 +203,20 @@ def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     return f"The last good checkpoint is {checkpoints.path(checkpoints.latest)}."
 
 
-def _finish(run: Run, metrics: dict[str, float], began: float, console: Console) -> None:
-    """Writes result, plot and export, and tells what was made, where, and what to do next."""
-    made = {"result": workdir_lib.write_result(run.workdir, run.config, metrics, run.task.export_info(), began)}
+def _finish(run: Run, began: float, console: Console) -> None:
+    """Writes result, plot and export of the best checkpoint; tells what was made, where, and what to do next."""
+    best, info = run.checkpoints.best, run.task.export_info()
+    metrics = run.checkpoints.metrics(best)
+    made = {"result": workdir_lib.write_result(run.workdir, run.config, best, metrics, info, began)}
     if run.config.plot:
         made["plot"] = run.workdir / "training.png"
         plot_training(run.workdir, made["plot"])
-    made["best checkpoint"] = run.checkpoints.path(run.checkpoints.best)
-    # Reading a checkpoint concerns all processes, and only the first is here: several leave the export to the command.
-    if run.config.export and jax.process_count() == 1:
+    made["best checkpoint"] = run.checkpoints.path(best)
+    if run.config.export:
         made["Hugging Face folder"] = run.workdir / "export"
         export.export(made["best checkpoint"], made["Hugging Face folder"])
     console.say()
-    console.say(f"Trained to step {run.total_steps:,} in {duration(time.time() - began)} (this start).")
+    console.say(f"Trained to step {run.checkpoints.latest:,} in {duration(time.time() - began)} (this start).")
     for name, path in made.items():
         console.say(f"  {name + ':':<22}{path}")
     for line in run.task.closing_lines(metrics, run.workdir):

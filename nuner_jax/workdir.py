@@ -58,13 +58,16 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / _CONFIG_FILE
     if not path.exists():
         raise NunerError(f"{path} does not exist: is {workdir} the workdir of a run?")
-    return ConfigDict(json.loads(path.read_text()))
+    return config_lib.read(path)
 
 
-def write_result(workdir: Path, config: ConfigDict, metrics: dict[str, float], info: dict, began: float) -> Path:
-    """Writes result.json: the numbers, and all that is needed to get them again."""
+def write_result(
+    workdir: Path, config: ConfigDict, step: int, metrics: dict[str, float], info: dict, began: float
+) -> Path:
+    """Writes result.json: the best checkpoint's step and numbers, and all that is needed to get them again."""
     path = workdir / "result.json"
     result = {
+        "step": step,
         "metrics": metrics,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "config": json.loads(config.to_json_best_effort()),

@@ -19,7 +19,8 @@ class MetricWriter:
 
         Those steps are done again, with the same result, and a line must not stand twice. None: a new run.
         """
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         path = workdir / METRICS_FILE
         kept = []
@@ -29,15 +30,26 @@ class MetricWriter:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, path)
         self._file = path.open("a", buffering=1)
-        purge_step = None if resumed_at is None else resumed_at + 1
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+        # Its SummaryWriter writes from a thread that dies unheard when the disk is full, and then blocks the run.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        # Told to forget what an earlier process wrote after this step.
+        first = 0 if resumed_at is None else resumed_at + 1
+        self._board.write_event(
+            Event(step=first, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+        )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of a step."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         values = {name: float(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        now = time.time()
+        self._file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._board.write_event(Event(step=step, wall_time=now, summary=Summary(value=points)))
+        self._board.flush()
 
     def close(self) -> None:
         """Everything written is on disk."""

@@ -34,6 +34,7 @@ LAYERS = {
     },
     "tasks": {
         "tasks",
+        "tasks.corpora",
         "tasks.pretrain",
         "tasks.protocol",
         "tasks.retrieval",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 
@@ -57,6 +58,7 @@ def refused(config, workdir, monkeypatch) -> str:
         ({"model.encoder.num_attention_heads": 5}, "num_heads"),
         ({"model.encoder.model_type": "gpt2"}, "gpt2"),
         ({"optim.schedule": "cosin"}, "config.optim.schedule: unknown 'cosin'; choose one of cosine"),
+        ({"model.attention": "cudnn"}, "config.model.attention = 'cudnn' needs an NVIDIA GPU"),
         ({"task": "pretraining"}, "config.task: unknown 'pretraining'; choose one of pretrain"),
         ({"checkpoint.init_from": "no/such/run"}, "no/such/run: no checkpoint there"),
         ({"mesh.rules": ((r"mlp/up/kernel$", ("data",)),)}, "mlp/up/kernel"),
@@ -143,6 +145,25 @@ def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(encoders, minilm_f
     assert "30,522" in message.replace("30522", "30,522") or "pad" in message
 
 
+def test_towers_with_different_tokenizers_are_refused(encoders, root, tmp_path, monkeypatch):
+    from nuner_jax.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["sample"], tmp_path / "concept", 600)
+    message = refused(encoders, tmp_path / "run", monkeypatch)
+    assert f"{tmp_path}/text and {tmp_path}/concept have different tokenizers" in message
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(config, rows_file, tmp_path, monkeypatch):
+    config.steps = 1
+    train(config, tmp_path / "run")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:300]))
+    config.data.sources.rows.path = str(fewer)
+    message = refused(config, tmp_path / "run", monkeypatch)
+    assert f"the training data is not that of the checkpoint {tmp_path}/run/checkpoints/1" in message
+    assert "init_from" in message
+
+
 def test_a_weights_file_cut_off_is_named(encoders, tmp_path, monkeypatch):
     path = tmp_path / "text" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -177,7 +198,9 @@ def test_a_workdir_that_cannot_be_written_is_refused(config, tmp_path, monkeypat
 def test_too_little_disk_space_is_told_before_training(config, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     message = refused(config, tmp_path, monkeypatch)
-    assert "0.00 GB are free, and 4 checkpoints of 0.01 GB need" in message
+    assert re.search(r"1\.0 MB are free, and \d+\.\d MB are needed for 4 checkpoints of \d\.\d MB; free", message), (
+        message
+    )
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_was_saved(config, tmp_path, rows_file, run_python):

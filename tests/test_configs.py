@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import config_flags
 
@@ -64,8 +65,8 @@ def test_one_whole_step_of_every_config_has_the_right_shapes(path, on_small_data
     optimizer = optim.make_optimizer(schedule, b1=0.9, b2=0.9, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
     state = initialise.abstract_state(task, optimizer, mesh, config.mesh.rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = steps.make_train_step(task, optimizer, shardings, mesh, config.seed)
-    batch = task.train_batch(0, lambda rows: slice(0, rows))
+    step = steps.make_train_step(task, optimizer, schedule, shardings, mesh, config.seed)
+    batch = task.train_batch(0, np.arange)
     for name, value in batch.items():
         assert value.shape[:2] == (config.optim.accumulate, task.batch_rows[name]), name
     after, metrics = jax.eval_shape(step, state, batch)
@@ -96,6 +97,8 @@ def test_the_argument_of_a_config_reaches_it():
         ("--config.model.dtype=float16", "config.model.dtype = 'float16': choose one of 'float32', 'bfloat16'"),
         ("--config.optim.warmup=2", "config.optim.warmup = 2.0: between 0 and 1.0"),
         ("--config.data.rows=0", "config.data.rows = 0: at least 1"),
+        ("--config.lr=nan", "config.lr = nan: at least 0"),
+        ("--process_id=1", "--coordinator, --num_processes and --process_id go together"),
     ],
 )
 def test_a_wrong_flag_is_named_with_the_nearest_right_one(run_python, wrong, hint):
@@ -120,6 +123,21 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, hint)
     with pytest.raises(NunerError) as error:
         read(path)
     assert hint in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_key_that_a_file_adds_by_force_is_refused_all_the_same():
+    config = config_lib.pretrain()
+    with config.unlocked():
+        config.learningrate = 3
+    with pytest.raises(NunerError, match="config.learningrate: no such key"):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize("written", [["--config", "FILE"], ["-config=FILE"], ["--config=FILE"]])
+def test_a_wrong_key_is_found_however_the_file_is_given(written):
+    arguments = [part.replace("FILE", str(ROOT / "configs/quickstart.py")) for part in written]
+    with pytest.raises(NunerError, match="optim.warmpu: no such key; did you mean optim.warmup"):
+        config_lib.parse_flags(["train", *arguments, "--config.optim.warmpu=1"])
 
 
 def test_our_reading_of_a_config_file_is_that_of_the_flags(monkeypatch):

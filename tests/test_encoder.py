@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nuner_jax import pretrained
+from nuner_jax import pretrained, sharding
 from nuner_jax.errors import NunerError
 from nuner_jax.models import encoder as encoder_module
 from nuner_jax.models.encoder import Encoder, EncoderConfig, positions_from_segments
@@ -378,6 +378,14 @@ def test_parameters_are_a_plain_dict_inside_jit_grad_and_eval_shape():
     for tree in (params, jax.eval_shape(init, key), jax.eval_shape(jax.grad(loss), shapes)):
         assert type(tree) is dict and jax.tree.structure(tree) == same
     assert {str} == {type(key) for key in params["layers"]}
+
+
+def test_placed_activations_change_no_vector_and_keep_the_structure_static():
+    place = sharding.row_sharding(sharding.make_mesh(4, 2, 1))
+    batch = tuple(np.tile(array, (8, 1)) for array in tiny.packed(tiny.sentences(), CONFIG.pad_token_id))
+    placed = _call(tiny_params(), batch, None, graphdef=abstract(CONFIG, activations=place)[0])  # static: hashed
+    assert placed.sharding.is_equivalent_to(place, 3)
+    np.testing.assert_allclose(placed, call(tiny_encoder(), *batch), atol=PARITY)
 
 
 def test_split_refuses_state_that_is_no_parameter():

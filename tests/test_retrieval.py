@@ -148,3 +148,13 @@ def test_vectors_that_know_the_answer_find_every_concept_of_real_batches(corpus)
         assert sums["top1"] == sums["reciprocal_rank"] == sums["pairs"]
         pairs += sums["pairs"]
     assert pairs == corpus.pair_positions_P.size > 500
+
+
+def test_vectors_that_are_not_numbers_rank_last_and_not_first():
+    mesh = sharding.make_mesh(8, 1, 1)
+    tokens = np.full((8, 4, 3), np.nan, np.float32)
+    sums = retrieval.retrieval_sums(
+        mesh, tokens, np.ones((5, 3), np.float32), np.zeros((8, 1), np.int32), np.full((8, 1), 2, np.int32)
+    )
+    assert (float(sums["top1"]), float(sums["pairs"])) == (0, 8)
+    assert float(sums["reciprocal_rank"]) <= 8 / 5 + 1e-6

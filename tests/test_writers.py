@@ -23,7 +23,7 @@ def write(workdir, steps, resumed_at=None, offset=0.0) -> None:
 
 
 def board_events(workdir) -> list[tuple[str, int]]:
-    """What the TensorBoard files hold, in order: (name of a scalar, step), and ("start", step) of a resumed run."""
+    """What the TensorBoard files hold, in order: (name of a scalar, step), and ("start", step) of each start."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found = []
@@ -45,7 +45,7 @@ def test_metrics_are_read_as_they_were_written(tmp_path):
     writer.close()
     assert line.pop("time") > 1.7e9
     assert line == {"step": 3, "train/loss": 0.5, "train/tokens": 7.0}
-    assert board_events(tmp_path) == [("train/loss", 3), ("train/tokens", 3)]
+    assert board_events(tmp_path) == [("start", 0), ("train/loss", 3), ("train/tokens", 3)]
 
 
 def test_a_resumed_run_takes_away_the_steps_that_it_does_again(tmp_path):
@@ -62,7 +62,9 @@ def test_a_resumed_run_takes_away_the_steps_that_it_does_again(tmp_path):
     ]
     loss = "train/loss"
     before, again = [(loss, 1), (loss, 2), (loss, 3), (loss, 4)], [(loss, 3), (loss, 4), (loss, 5)]
-    assert board_events(tmp_path) == [*before, ("start", 3), *again], "TensorBoard hides what is after a start"
+    assert board_events(tmp_path) == [("start", 0), *before, ("start", 3), *again], (
+        "TensorBoard hides what is after a start"
+    )
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [METRICS_FILE]
 
 
@@ -160,19 +162,19 @@ class Run:
             total=total,
             log_every=log_every,
             counts=("tokens",),
-            learning_rate=lambda step: step / 1000,
             waited=lambda: self.waited,
             last_good=lambda: "The last good checkpoint is number 7.",
             writer=self.writer,
             console=Console(active=True),
         )
 
-    def steps(self, number, *, seconds=2.0, waited=0.5, loss=None, grad_norm=1.0) -> None:
+    def steps(self, number, *, seconds=2.0, waited=0.5, loss=None, grad_norm=1.0, param_norm=9.0) -> None:
         """The device takes `seconds` a step, of which the host waited for data; the first one compiles besides."""
         for _ in range(number):
             self.step += 1
             loss = float(self.step) if loss is None else loss
-            metrics = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm), "tokens": jnp.float32(300)}
+            values = {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm, "tokens": 300}
+            metrics = {name: jnp.float32(value) for name, value in values.items()}
             self.progress.step(self.step, metrics)  # waits for the step before
             self.clock.now += seconds + (self.compile_seconds if self.step == 1 else 0)
             self.waited += waited
@@ -199,7 +201,7 @@ def test_lines_hold_means_over_their_interval_and_rates_without_compiling(tmp_pa
         assert line["seconds_per_step"] == pytest.approx(2)
         assert line["tokens_per_second"] == pytest.approx(150)
         assert line["data_wait_share"] == pytest.approx(0.25)
-    assert (first["learning_rate"], second["learning_rate"]) == (0.003, 0.007), "of the update that step was"
+    assert first["grad_norm"] == 1 and first["param_norm"] == 9
 
 
 def test_a_line_per_step_has_true_rates_and_none_of_the_step_that_compiled(tmp_path, clock):
@@ -245,7 +247,11 @@ def test_the_last_step_is_logged_off_the_beat(tmp_path, clock):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"loss": float("nan")}, "loss is nan at step 5"), ({"grad_norm": float("inf")}, "grad_norm is inf at step 5")],
+    [
+        ({"loss": float("nan")}, "loss is nan at step 5"),
+        ({"param_norm": float("inf")}, "param_norm is inf at step 5"),
+        ({"grad_norm": float("inf")}, "grad_norm is inf at step 5"),
+    ],
 )
 def test_a_value_that_is_not_finite_stops_the_run_with_its_step(tmp_path, clock, values, message):
     run = Run(tmp_path, clock, log_every=1)

@@ -103,9 +103,14 @@ class PackedLoader:
         return math.ceil(self.rows_per_epoch / self.shapes.rows)
 
     def batch(
-        self, index: int, text_rows: slice = slice(None), concept_rows: slice = slice(None)
+        self, index: int, text_rows: np.ndarray | None = None, concept_rows: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """The batch of this index: the rows asked for of the text, and of the concepts.
+        """The batch of this index: the rows asked for (None: all) of the text, and of the concepts.
+
+        Args:
+          index: of the batch.
+          text_rows, concept_rows: int [R'], [Q'], distinct rows of the batch; the result has them in this order,
+            and R', Q' for R, Q below.
 
         Returns:
           tokens, segments [R, L] int32 (segment 0 is padding); scored [R, L] bool;
@@ -138,14 +143,13 @@ class PackedLoader:
             sequences.append(in_slot[mine])
         return slots, np.concatenate([np.zeros(0, np.int64), *sequences])
 
-    def _text_rows(self, slots, sequences, part: slice) -> dict[str, np.ndarray]:
+    def _text_rows(self, slots, sequences, part: np.ndarray | None) -> dict[str, np.ndarray]:
         """Gathers tokens, segments and positive pairs of some rows of a batch."""
         shapes, corpus = self.shapes, self.corpus
-        ends = ragged.offsets([len(row) for row in slots])
-        start, stop, _ = part.indices(len(slots))
-        sequences = sequences[ends[start] : ends[stop]]
-        slots = slots[start:stop]
         count_R = np.array([len(row) for row in slots], np.int64)
+        if part is not None:
+            sequences = sequences[ragged.ranges(ragged.offsets(count_R)[part], count_R[part])]
+            slots, count_R = [slots[row] for row in part], count_R[part]
         row_N = np.repeat(np.arange(len(slots)), count_R)
         segment_N = ragged.ranges(np.ones(len(slots)), count_R)
         flat = np.concatenate([np.zeros(0, np.int64), *slots])
@@ -184,7 +188,7 @@ class PackedLoader:
             "dropped_pairs": np.bincount(pair_row_P[~kept_P], minlength=len(slots)).astype(np.int32),
         }
 
-    def _concept_rows(self, concepts: np.ndarray, part: slice) -> dict[str, np.ndarray]:
+    def _concept_rows(self, concepts: np.ndarray, part: np.ndarray | None) -> dict[str, np.ndarray]:
         """Deals the batch's distinct concepts to rows, and gathers the tokens of some of the rows."""
         shapes, corpus = self.shapes, self.corpus
         first_N = np.asarray(corpus.concept_offsets_C1[concepts])
@@ -193,12 +197,14 @@ class PackedLoader:
         fits_N = (slot_N < shapes.concepts_per_row) & (offset_N + length_N <= shapes.concept_row_length)
         dropped = np.bincount(row_N[~fits_N], minlength=shapes.concept_rows).astype(np.int32)
 
-        start, stop, _ = part.indices(shapes.concept_rows)
-        mine_N = fits_N & (row_N >= start) & (row_N < stop)
-        row_n, slot_n, offset_n = row_N[mine_N] - start, slot_N[mine_N], offset_N[mine_N]
-        tokens = np.full((stop - start, shapes.concept_row_length), self.pad_id, np.int32)
+        part = np.arange(shapes.concept_rows) if part is None else part
+        place_Q = np.full(shapes.concept_rows, -1)  # of each row of the batch among those asked for
+        place_Q[part] = np.arange(len(part))
+        mine_N = fits_N & (place_Q[row_N] >= 0)
+        row_n, slot_n, offset_n = place_Q[row_N[mine_N]], slot_N[mine_N], offset_N[mine_N]
+        tokens = np.full((len(part), shapes.concept_row_length), self.pad_id, np.int32)
         segments = np.zeros_like(tokens)
-        ids = np.full((stop - start, shapes.concepts_per_row), -1, np.int32)
+        ids = np.full((len(part), shapes.concepts_per_row), -1, np.int32)
         to = ragged.ranges(row_n * shapes.concept_row_length + offset_n, length_N[mine_N])
         tokens.reshape(-1)[to] = corpus.concept_tokens_U[ragged.ranges(first_N[mine_N], length_N[mine_N])]
         segments.reshape(-1)[to] = np.repeat(slot_n + 1, length_N[mine_N])
@@ -207,7 +213,7 @@ class PackedLoader:
             "concept_tokens": tokens,
             "concept_segments": segments,
             "concept_ids": ids,
-            "dropped_concepts": dropped[start:stop],
+            "dropped_concepts": dropped[part],
         }
 
     def _measure(self, rows: int, row_length: int, concept_row_length: int, row_multiple: int) -> Shapes:

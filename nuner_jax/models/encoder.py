@@ -113,6 +113,9 @@ class Encoder(nnx.Module):
 
     `attention_implementation` is "xla", or "cudnn" (flash attention on a GPU, bf16 only), as in
     `jax.nn.dot_product_attention`. Raises NunerError for any other name, and for "cudnn" with f32.
+
+    `activations` places the vectors between the layers (it must divide B); None leaves the choice to XLA, which
+    may follow split parameters and split the vectors by width, and then adds whole activations over devices.
     """
 
     def __init__(
@@ -122,9 +125,11 @@ class Encoder(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         attention_implementation: str = "xla",
+        activations: jax.sharding.NamedSharding | None = None,
     ):
         _check_attention(attention_implementation, dtype)
         self.config = config
+        self.activations = activations
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             Layer(config, dtype=dtype, implementation=attention_implementation, rngs=rngs)
@@ -167,12 +172,15 @@ class Encoder(nnx.Module):
         mask_Bx1xLxL = segments_BxL[:, None, :, None] == segments_BxL[:, None, None, :]
 
         x_BxLxD = self.embeddings(tokens_BxL, positions_BxL)
-        x_BxLxD = _dropout(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0))
+        x_BxLxD = self._place(_dropout(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0)))
         for number, layer in enumerate(self.layers, start=1):
-            x_BxLxD = layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number))
+            x_BxLxD = self._place(layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number)))
             if number == stop_gradient_layers:
                 x_BxLxD = jax.lax.stop_gradient(x_BxLxD)
         return x_BxLxD
+
+    def _place(self, x_BxLxD: jax.Array) -> jax.Array:
+        return x_BxLxD if self.activations is None else jax.lax.with_sharding_constraint(x_BxLxD, self.activations)
 
 
 def _check_attention(implementation: str, dtype: jnp.dtype) -> None:

@@ -42,6 +42,7 @@ class TwoTower(nnx.Module):
         bias: float,
         dtype,
         attention: str,
+        activations: jax.sharding.NamedSharding | None = None,
         rngs: nnx.Rngs,
     ):
         """Builds both towers with random parameters.
@@ -53,6 +54,7 @@ class TwoTower(nnx.Module):
           scale, bias: initial values of the logit.
           dtype: of the computation; parameters are float32.
           attention: implementation of the attention, as `Encoder` takes it.
+          activations: where both towers' activations belong, as `Encoder` takes it.
           rngs: random streams for the initial parameters.
 
         Raises:
@@ -71,8 +73,9 @@ class TwoTower(nnx.Module):
             )
         self.frozen_layers = frozen_layers
         self.concept_pooling = concept_pooling
-        self.text = Encoder(text, dtype=dtype, attention_implementation=attention, rngs=rngs)
-        self.concept = Encoder(concept, dtype=dtype, attention_implementation=attention, rngs=rngs)
+        options = {"dtype": dtype, "attention_implementation": attention, "activations": activations, "rngs": rngs}
+        self.text = Encoder(text, **options)
+        self.concept = Encoder(concept, **options)
         self.logit = Logit(scale, bias)
 
     def token_vectors(self, tokens_RxL, segments_RxL, dropout_key=None) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -9,8 +11,10 @@ from nuner_jax.errors import NunerError
 from nuner_jax.tasks.protocol import Task
 
 
-def make_task(config: ConfigDict, mesh: Mesh) -> Task:
+def make_task(config: ConfigDict, mesh: Mesh, say: Callable[[str], None] = lambda line: None) -> Task:
     """The task that `config.task` names, its data opened and its shapes known.
+
+    `say` is told what takes long, and what was found.
 
     Raises:
       NunerError: an unknown task, or anything wrong with its data, weights or sizes.
@@ -20,7 +24,7 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     tasks = {"pretrain": Pretrain}
     if config.task not in tasks:
         raise NunerError(f"config.task: unknown {config.task!r}; choose one of {', '.join(tasks)}")
-    return tasks[config.task](config, mesh)
+    return tasks[config.task](config, mesh, say)
 
 
 def run_evaluators(task: Task, params: dict) -> dict[str, float]:

@@ -15,14 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax import losses, pretrained, sharding
-from nuner_jax.data.builder import ensure_built, splits
-from nuner_jax.data.corpus import load_corpus
 from nuner_jax.data.loader import PackedLoader
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
 from nuner_jax.tasks import retrieval
+from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator
 
 _CONCEPT_ROWS = 256  # concept names encoded at once in evaluation; a multiple of it where the mesh needs more
@@ -33,64 +32,47 @@ class Pretrain:
 
     counts = ("sequences", "tokens", "concepts", "concept_tokens")
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
+    def __init__(self, config: ConfigDict, mesh: Mesh, say: Callable[[str], None]):
         """Opens (or builds) the data and fixes all shapes; no parameter is made yet."""
         self._config, self._mesh = config, mesh
         self.best_metric = config.checkpoint.best
         self.best_is_lower = self.best_metric == "validation/loss"
+        self._check_platform()
         self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
-        self.tokenizer = pretrained.load_tokenizer(pretrained.resolve(config.model.tokenizer or config.model.text))
-        for encoder in (self.text_config, self.concept_config):
-            pretrained.check_tokenizer(self.tokenizer, encoder)
-        self._check_rows()
+        self.tokenizer = self._load_tokenizer()
+        self._graphdef, self._abstract = params_lib.split(nnx.eval_shape(lambda: self._towers(nnx.Rngs(0))))
         data = config.data
-        options = {
-            "validation_fraction": data.validation_fraction,
-            "drop_concept": data.drop_concept or None,
-            "max_malformed": data.max_malformed,
-        }
-        cache_dir = Path(data.cache_dir).expanduser()
-        self._sources = {
-            name: ensure_built(source.path, cache_dir / "shards", **options) for name, source in data.sources.items()
-        }
-        load = functools.partial(
-            load_corpus,
-            tokenizer=self.tokenizer,
+        self.corpus, self.validation = open_corpora(
+            data,
+            self.tokenizer,
             window=min(data.row_length, self.text_config.max_length),
             concept_length=min(data.concept_length, self.concept_config.max_length),
-            cache_dir=cache_dir,
+            say=say,
         )
-        self.corpus = load(self._sources, "train")
-        held_out = {name: folder for name, folder in self._sources.items() if "validation" in splits(folder)}
-        if not held_out:
-            raise NunerError(
-                f"no validation split in {', '.join(map(str, self._sources.values()))}: build one of them with "
-                "--validation_fraction above 0"
-            )
-        self.validation = load(held_out, "validation")
-        if not self.corpus.concept_names:
-            raise NunerError(f"no text of {', '.join(map(str, self._sources.values()))} has an entity to learn from")
         make_loader = functools.partial(
             PackedLoader,
             row_length=data.row_length,
             concept_row_length=data.concept_row_length,
             row_multiple=data.row_multiple,
-            seed=config.seed,
             pad_id=self.text_config.pad_token_id,
         )
         self.loader = make_loader(
             self.corpus,
             rows=data.rows // config.optim.accumulate,
+            seed=config.seed,
             weights={name: source.weight for name, source in data.sources.items()},
         )
-        self.validation_loader = make_loader(self.validation, rows=config.eval.rows, shuffle=False)
+        # The same batches for every seed of a run, so that their figures compare.
+        self.validation_loader = make_loader(self.validation, rows=config.eval.rows, seed=0, shuffle=False)
         self.batch_rows = _row_counts(self.loader)
         self.steps_per_epoch = self.loader.rows_per_epoch / data.rows
-        self._abstract = jax.eval_shape(lambda: self._build(jax.random.key(0)))
-        self._graphdef = None
 
-    def _check_rows(self) -> None:
-        """Every number of rows is split evenly over the devices, or the config is refused by name."""
+    def _check_platform(self) -> None:
+        """Rows are split evenly over the devices, and the attention exists here; else the key is named."""
+        if self._config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+            raise NunerError(
+                f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
+            )
         config, parts = self._config, sharding.batch_devices(self._mesh)
         if config.data.rows % config.optim.accumulate:
             raise NunerError(
@@ -109,10 +91,22 @@ class Pretrain:
                     f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
                 )
 
-    def _build(self, key: jax.Array) -> dict:
-        graphdef, params = params_lib.split(self._towers(nnx.Rngs(key)))
-        self._graphdef = graphdef
-        return params
+    def _load_tokenizer(self):
+        """The one tokenizer of both towers, which must fit the weights of both."""
+        model = self._config.model
+        folders = {"text": model.text, "concept": model.concept}
+        if model.tokenizer:
+            folders = {"tokenizer": model.tokenizer}
+        files = pretrained.TOKENIZER_FILES if model.tokenizer else pretrained.ALL_FILES
+        tokenizers = [pretrained.load_tokenizer(pretrained.resolve(name, files)) for name in folders.values()]
+        if len({pretrained.tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
+            raise NunerError(
+                f"config.model: {model.text} and {model.concept} have different tokenizers, and the towers share one: "
+                "name it in config.model.tokenizer, or take towers of one family"
+            )
+        for encoder in (self.text_config, self.concept_config):
+            pretrained.check_tokenizer(tokenizers[0], encoder)
+        return tokenizers[0]
 
     def _towers(self, rngs: nnx.Rngs) -> TwoTower:
         model, loss = self._config.model, self._config.loss
@@ -125,12 +119,13 @@ class Pretrain:
             bias=loss.bias,
             dtype=jnp.dtype(model.dtype),
             attention=model.attention,
+            activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )
 
     def init_params(self, key: jax.Array) -> dict:
         """Random parameters of both towers and of the logit."""
-        return self._build(key)
+        return params_lib.split(self._towers(nnx.Rngs(key)))[1]
 
     def pretrained_params(self, abstract_params: dict) -> dict:
         """Both towers from the weights that the config names."""
@@ -196,7 +191,7 @@ class Pretrain:
             "dropped": sums["dropped"],
         }
 
-    def train_batch(self, step: int, local_rows: Callable[[int], slice]) -> dict[str, np.ndarray]:
+    def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The micro-batches of a step, stacked."""
         accumulate = self._config.optim.accumulate
         shapes = self.loader.shapes
@@ -247,6 +242,8 @@ class Pretrain:
         total = _add_up(self._loss_step(params, batch) for batch in self._validation_batches())
         metrics = self.metrics(total)
         yield from ((name, float(metrics[name])) for name in ("loss", "positive_logit"))
+        if metrics["dropped"]:
+            yield "dropped", float(metrics["dropped"])
 
     def _evaluate_retrieval(self, params: dict) -> Iterable[tuple[str, float]]:
         place = sharding.batch_sharding(self._mesh)
@@ -259,8 +256,6 @@ class Pretrain:
                 self._concept_step(params, *sharding.to_global(place, local, {"0": rows, "1": rows}).values())
             )
         count = len(self.validation.concept_names)
-        if not count:
-            return
         concepts_NxD = jnp.concatenate(vectors)[:count]
         total = _add_up(self._rank_step(params, concepts_NxD, batch) for batch in self._validation_batches())
         pairs = max(float(total["pairs"]), 1.0)
@@ -269,16 +264,7 @@ class Pretrain:
         yield "concepts", float(count)
 
     def describe(self) -> Iterable[str]:
-        """What was read, how it is packed, and how large the model is."""
-        for split, corpus in (("train", self.corpus), ("validation", self.validation)):
-            report = corpus.report
-            amounts = ("texts", "sequences", "tokens", "mentions", "concepts")
-            yield f"{split}: " + ", ".join(f"{report[name]:,} {name}" for name in amounts)
-            for name in ("texts_split", "cuts_through_mentions", "cuts_in_words", "mentions_without_tokens"):
-                if report.get(name):
-                    yield f"{split}: {name.replace('_', ' ')}: {report[name]:,}"
-            if report["concept_names_cut"]:
-                yield f"{split}: {report['concept_names_cut']:,} concept names cut (config.data.concept_length)"
+        """How the data is packed, and how large the model is."""
         shapes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(self.loader.shapes).items())
         yield f"packing: {self.loader.fill:.1%} of text slots filled; batch: {shapes}"
         sizes = {
@@ -289,6 +275,7 @@ class Pretrain:
 
     def save_assets(self, workdir: Path) -> None:
         """The tokenizer."""
+        self.tokenizer.model_max_length = self.text_config.max_length  # who truncates by it stays inside the model
         try:
             self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
         except Exception as error:  # the Rust side raises no OSError for a full disk

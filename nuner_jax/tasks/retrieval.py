@@ -42,8 +42,9 @@ def retrieval_sums(mesh: Mesh, tokens_RxLxD, concepts_NxD, pair_positions_RxP, p
         own_P = jnp.take_along_axis(scores_PxN, jnp.maximum(ids_P, 0)[:, None], axis=1)[:, 0]
         # right[i, j]: pair j is a right concept of pair i's token; i itself is one.
         right_PxP = (positions_P[:, None] == positions_P[None, :]) & valid_P[None, :]
-        greater_P = jnp.sum(scores_PxN > own_P[:, None], axis=1) - jnp.sum(
-            right_PxP & (own_P[None, :] > own_P[:, None]), axis=1
+        # "Not at most", so that vectors that are not numbers rank last and not first.
+        greater_P = jnp.sum(~(scores_PxN <= own_P[:, None]), axis=1) - jnp.sum(
+            right_PxP & ~(own_P[None, :] <= own_P[:, None]), axis=1
         )
         equal_P = jnp.sum(scores_PxN == own_P[:, None], axis=1) - jnp.sum(
             right_PxP & (own_P[None, :] == own_P[:, None]), axis=1
