@@ -46,12 +46,13 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._best_metric, self._best_is_lower = best_metric, best_is_lower
-        self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(workdir) / _FOLDER,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
-        )
+        with _opening(workdir / _FOLDER):
+            self._checkpointer = ocp.training.Checkpointer(
+                epath.Path(workdir) / _FOLDER,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                cleanup_tmp_directories=True,
+            )
 
     @property
     def latest(self) -> int | None:
@@ -137,7 +138,7 @@ def resolve(path: str) -> Path:
         return folder
     for parent in (folder / _FOLDER, folder):
         if _steps(parent):
-            with _reading(parent), ocp.training.Checkpointer(epath.Path(parent)) as checkpointer:
+            with _opening(parent), ocp.training.Checkpointer(epath.Path(parent)) as checkpointer:
                 info = read_info(parent / str(checkpointer.latest.step))
                 return parent / str(_best(checkpointer, info.get("best_metric"), info.get("best_is_lower")))
     raise NunerError(f"{path}: no checkpoint there; give a workdir, or one of its {_FOLDER}/STEP folders")
@@ -234,7 +235,7 @@ def _saved_tree(folder: Path, name: str, way_on: Callable[[], str] | None = None
     with _reading(folder, way_on):
         tree = ocp.checkpointables_metadata(folder).metadata.get(name)
         if tree is None and (folder / name).is_dir():  # Orbax logs what it cannot read, and goes on
-            raise ValueError(f"its {name}/_METADATA cannot be read")
+            raise ValueError(f"the sizes of its {name} cannot be read")
     if tree is None:
         raise NunerError(f"{folder} holds no {name}: it is not a checkpoint of this program's training")
     return tree
@@ -299,6 +300,11 @@ def _donatable(tree):
     return jax.jit(
         lambda t: jax.tree.map(lambda x: x.copy(), t), out_shardings=jax.tree.map(lambda x: x.sharding, tree)
     )(tree)
+
+
+def _opening(folder: Path):
+    way_on = "if the metrics/metrics of a step in it are damaged, delete that step"
+    return _storage_errors(f"cannot open the checkpoints {folder}", lambda: way_on)
 
 
 def _reading(folder: Path, way_on: Callable[[], str] | None = None):

@@ -23,7 +23,7 @@ from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.errors import NunerError, run_command
-from nuner_jax.folders import writing
+from nuner_jax.folders import local_path, writing
 from nuner_jax.preemption import StopRequest
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState
@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> None:
         raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
     config_lib.check(config)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file.partition(":")[0]).stem)
+    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
         compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
     _join_processes()
-    train(config, workdir.expanduser().absolute())
+    train(config, workdir)
 
 
 def _join_processes() -> None:

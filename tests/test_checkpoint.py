@@ -90,12 +90,19 @@ def test_a_damaged_checkpoint_that_is_the_only_one_is_to_be_deleted_too(make_con
 def test_reading_a_damaged_checkpoint_names_the_others(run):
     folder = run / "checkpoints" / "2"
     cut(folder, "params/_METADATA")
-    with pytest.raises(NunerError, match=r"params/_METADATA cannot be read; .*/checkpoints/1$"):
+    with pytest.raises(NunerError, match=r"the sizes of its params cannot be read; .*/checkpoints/1$"):
         checkpoint.load_params(folder)
     cut(folder, "_CHECKPOINT_METADATA")
     with pytest.raises(NunerError, match=r"what model it holds .*/checkpoints/1$"):
         export.export(folder, run / "out")
     assert not (run / "out").exists()
+
+
+def test_metrics_of_a_checkpoint_that_are_damaged_are_told_by_training_and_export(make_config, run):
+    cut(run / "checkpoints" / "2", "metrics/*")
+    for use in (lambda: train(make_config(2), run), lambda: checkpoint.resolve(str(run))):
+        with pytest.raises(NunerError, match=f"cannot open the checkpoints {run}/checkpoints: .*delete that step"):
+            use()
 
 
 def test_a_start_from_another_model_hints_at_init_from(make_config, finished, tmp_path):

@@ -52,7 +52,7 @@ def test_the_quickstart_reaches_the_figure_that_the_readme_tells(clone, quicksta
     start = next(line for line in read_metrics(workdir) if "retrieval/mrr" in line)
     assert start["retrieval/mrr"] < 0.03, "random weights know nothing"
     assert metrics["retrieval/concepts"] == 535
-    assert 0.15 < metrics["retrieval/mrr"] < 0.20, "the README says about 0.17"
+    assert 0.16 < metrics["retrieval/mrr"] < 0.20, "the README says about 0.18"
     assert metrics["retrieval/top1"] > 0.1
 
 

@@ -46,7 +46,7 @@ class Task(Protocol):
     def metrics(self, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Sums, added over micro-batches or batches, to metrics; `loss` is among them. Traced and on the host."""
 
-    def train_batch(self, step: int, local_rows: Callable[[int], slice]) -> dict[str, np.ndarray]:
+    def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The batch of this step, arrays [A, rows, ...]: this process's rows of each."""
 
     def evaluators(self) -> dict[str, Evaluator]:
