@@ -29,7 +29,9 @@ main() {
   set_up test "$REAL_ENCODER"
   "$VENV_PYTHON" -m ruff check .
   "$VENV_PYTHON" -m ruff format --check .
-  exec "$VENV_PYTHON" -m pytest "$@"  # tests/conftest.py chooses the CPU and eight devices of it
+  # Two processes, since much of the time is compiling, which uses one core; a file stays in one of them.
+  # tests/conftest.py chooses the CPU, and eight devices of it.
+  exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile "$@"
 }
 
 main "$@"

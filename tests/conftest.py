@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,18 @@ os.environ["XLA_FLAGS"] = " ".join(
 # one has compiled, skip most of the compiling. `rm -r .cache` starts afresh.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+# Machines are shared: how long an example takes says nothing about the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
+# The files that take longest, so that they are not left to the end when two processes share the tests.
+LONGEST = ("test_quickstart.py", "test_training.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -88,23 +88,50 @@ def test_the_argument_of_a_config_reaches_it():
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
-        ("--config.lrr=1", "no such key; did you mean lr"),
-        ("--config.optim.warmups=1", "did you mean optim.warmup?"),
-        ("--config.data.source.sample.path=x", "did you mean data.sources.sample.path"),
+        ("--config.optim.warmups=1", "no such key; did you mean optim.warmup?"),
         ("--config.lr=fast", "could not convert string to float"),
-        ("--config=configs/nothing.py", "No such file"),
         ("--confg=configs/quickstart.py", "Did you mean: config"),
-        ("--config.model.dtype=float16", "config.model.dtype = 'float16': choose one of 'float32', 'bfloat16'"),
-        ("--config.optim.warmup=2", "config.optim.warmup = 2.0: between 0 and 1.0"),
-        ("--config.data.rows=0", "config.data.rows = 0: at least 1"),
         ("--config.lr=nan", "config.lr = nan: at least 0"),
         ("--process_id=1", "--coordinator, --num_processes and --process_id go together"),
     ],
 )
-def test_a_wrong_flag_is_named_with_the_nearest_right_one(run_python, wrong, hint):
+def test_a_wrong_flag_is_one_line_of_error(run_python, wrong, hint):
     done = run_python("-m", "nuner_jax.train", "--config=configs/quickstart.py", wrong, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and hint in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("--config.lrr=1", "no such key; did you mean lr"),
+        ("--config.data.source.sample.path=x", "did you mean data.sources.sample.path"),
+        ("--config=configs/nothing.py", "No such file"),
+    ],
+)
+def test_a_wrong_key_or_file_is_named_with_the_nearest_right_one(monkeypatch, wrong, hint):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(NunerError) as error:
+        config_lib.parse_flags(["train", "--config=configs/quickstart.py", wrong])
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("model.dtype", "float16", "config.model.dtype = 'float16': choose one of 'float32', 'bfloat16'"),
+        ("optim.warmup", 2.0, "config.optim.warmup = 2.0: between 0 and 1.0"),
+        ("data.rows", 0, "config.data.rows = 0: at least 1"),
+        ("checkpoint.best", "accuracy", "config.checkpoint.best = 'accuracy': choose one of"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused_by_name(key, value, hint):
+    config = config_lib.pretrain()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(NunerError) as error:
+        config_lib.check(config)
+    assert hint in str(error.value)
 
 
 @pytest.mark.parametrize(
