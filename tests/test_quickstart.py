@@ -52,8 +52,8 @@ def test_the_quickstart_reaches_the_figure_that_the_readme_tells(clone, quicksta
     start = next(line for line in read_metrics(workdir) if "retrieval/mrr" in line)
     assert start["retrieval/mrr"] < 0.03, "random weights know nothing"
     assert metrics["retrieval/concepts"] == 535
-    assert 0.16 < metrics["retrieval/mrr"] < 0.20, "the README says about 0.18"
-    assert metrics["retrieval/top1"] > 0.1
+    assert 0.145 < metrics["retrieval/mrr"] < 0.18, "the README says about 0.16"
+    assert metrics["retrieval/top1"] > 0.09
 
 
 def test_the_quickstart_leaves_a_plot_an_export_and_a_way_on(clone, quickstart):
