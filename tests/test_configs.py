@@ -17,11 +17,12 @@ from nuner_jax.tasks import make_task
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
-# Sizes of the encoders that the configs name, as their config.json gives them; no weights are needed for shapes.
+# Sizes of the encoders that the configs name, as their config.json gives them, but for layers: one above the frozen
+# ones is enough to see every shape. No weights are needed for that.
 ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+BASE = {"hidden_size": 768, "num_hidden_layers": 7, "num_attention_heads": 12, "intermediate_size": 3072}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 13, "num_attention_heads": 16, "intermediate_size": 4096}
+SMALL = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1536}
 BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 XLMR = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": 250002}
 ENCODERS = {
