@@ -31,7 +31,7 @@ main() {
   "$VENV_PYTHON" -m ruff format --check .
   # Two processes, since much of the time is compiling, which uses one core; a file stays in one of them.
   # tests/conftest.py chooses the CPU, and eight devices of it.
-  exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile "$@"
+  exec "$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
 }
 
 main "$@"

@@ -196,7 +196,7 @@ def test_test_lints_and_tests(small_project):
     assert done.stdout.splitlines() == [
         "ran ruff check .",
         "ran ruff format --check .",
-        "ran pytest --numprocesses=2 --dist=loadfile tests/test_launch.py -x",
+        "ran pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/test_launch.py -x",
     ]
     install, real_encoder = pip_calls(small_project)
     assert install.endswith("--editable .[test]")
