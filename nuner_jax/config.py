@@ -298,15 +298,14 @@ def read(path: Path) -> ConfigDict:
         raise NunerError(f"{path} cannot be read as a config: {error}") from error
 
 
-def difference(config: ConfigDict, path: Path, ignore: Sequence[str] = ()) -> list[str]:
+def difference(config: ConfigDict, path: Path) -> list[str]:
     """What differs between this config and one that `save` wrote: lines "key: there -> here".
 
     Args:
       config: the config at hand.
       path: the saved one.
-      ignore: keys that may differ.
     """
     there = dict(_leaves(read(path)))
     here = dict(_leaves(ConfigDict(json.loads(config.to_json_best_effort()))))
-    keys = [key for key in here | there if here.get(key) != there.get(key) and key not in ignore]
+    keys = [key for key in here | there if here.get(key) != there.get(key)]
     return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys]

@@ -78,7 +78,7 @@ def _check_data(path: Path, task: Task) -> None:
     if there != here:
         raise NunerError(
             f"the training data is not that of the checkpoint {path} (fingerprint {here[:12]}, not {there[:12]}): "
-            "take the old data, or start in another --workdir with --config.checkpoint.init_from=THIS_ONE"
+            f"take the old data, or start in another --workdir with --config.checkpoint.init_from={path}"
         )
 
 
