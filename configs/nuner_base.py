@@ -13,7 +13,7 @@ from nuner_jax.config import pretrain, source, sources
 def get_config():
     config = pretrain()
     # (paper): two separate roberta-base towers, the bottom 6 text layers frozen, 10 epochs of 1M sentences.
-    # All of these are the defaults of nuner_jax/config.py, where every key has its unit and reason.
+    # All of these are the defaults of nuner_jax/config/pretrain_schema.py, where every key has its unit and reason.
     config.data.sources = sources(nuner=source("hf:numind/NuNER:full"))
 
     # Our choices, where the paper tells nothing:

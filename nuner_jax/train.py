@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
-    config_lib.check(config)
+    config_lib.check(config, tasks=("pretrain",))
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled

@@ -1,28 +1,58 @@
-"""The configuration: every key, its default, and the unit or reason of each.
-
-A config file starts from `pretrain()` and changes what it needs to; the keys here are all there are, so a
-misspelt one is refused, in a file as on the command line, with the nearest name. "(paper)" marks what
-Bogdanov et al. (EMNLP 2024) tell; everything else is our choice.
-"""
+"""The schema of contrastive pre-training: every key, its default, its unit and the reason for it."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import re
-import runpy
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict, config_dict
 
 from nuner_jax.errors import NunerError
 
-SAMPLE_TOKENIZER = str(Path(__file__).parent / "data" / "sample" / "tokenizer")
+SAMPLE_TOKENIZER = str(Path(__file__).parents[1] / "data" / "sample" / "tokenizer")
 """The folder of the embedded sample's own tokenizer, 8,192 entries."""
+
+
+CHOICES = {
+    "model.init": ("pretrained", "scratch"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("xla", "cudnn"),
+    "loss.normaliser": ("positives", "pairs"),
+    "checkpoint.best": ("retrieval/mrr", "validation/loss"),
+}
+AT_LEAST = {
+    "data.rows": 1,
+    "data.row_length": 8,
+    "data.concept_row_length": 8,
+    "data.concept_length": 3,
+    "data.row_multiple": 1,
+    "data.prefetch": 0,
+    "loss.chunk": 1,
+    "loss.scale": 1e-9,
+    "optim.accumulate": 1,
+    "lr": 0.0,
+    "optim.clip_norm": 1e-9,
+    "epochs": 1e-9,
+    "steps": 0,
+    "eval.every": 1,
+    "eval.rows": 1,
+    "eval.batches": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log_every": 1,
+}
+AT_MOST = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5, "data.max_malformed": 1.0}
+"""Upper bounds of values that are at least 0."""
+FREE_KEYS = ("data.sources.",)
+
+
+def check(config: ConfigDict) -> None:
+    """What no bound on a single key can say.
+
+    Raises:
+      NunerError: naming the key and what it needs.
+    """
+    if not config.data.sources:
+        raise NunerError("config.data.sources is empty: name at least one source of training data")
 
 
 def pretrain() -> ConfigDict:
@@ -61,7 +91,8 @@ def source(path: str, weight: float = 1.0) -> ConfigDict:
     """One source of training data.
 
     Args:
-      path: a data set built by `python -m nuner_jax.data.build`, a file that it can import (built on first
+      path: a data set built by `python -m nuner_jax.annotate` or `python -m nuner_jax.data.build`, a file that the
+        latter can import (built on first use), an annotation config that replays recorded completions (run on first
         use), or "sample", the embedded sample.
       weight: visits per epoch; a fraction is a seeded part of the source.
     """
@@ -165,147 +196,3 @@ def _mesh() -> ConfigDict:
             ),
         }
     ).lock()
-
-
-def parse_flags(argv: Sequence[str]) -> Sequence[str]:
-    """Parses absl flags; before that, looks whether the config file and the overrides of its keys are sound.
-
-    Raises:
-      NunerError: a config file that is missing or wrong, with its line; an unknown key, with the nearest one.
-    """
-    name = None
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            name = following if match[1] is None else match[1]
-    if name:
-        known = [key for key, _ in _leaves(load_file(name))]
-        for argument in argv:
-            override = re.fullmatch(r"--?config\.([^=]+)(=.*)?", argument)
-            if override and override[1] not in known:
-                raise NunerError(f"--config.{override[1]}: no such key{_nearest(override[1], known)}")
-    return flags.FLAGS(list(argv))
-
-
-def load_file(name: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:ARGUMENT".
-
-    Raises:
-      NunerError: whatever goes wrong in the file, with its line.
-    """
-    file, _, argument = name.partition(":")
-    try:
-        return runpy.run_path(file)["get_config"](*([argument] if argument else []))
-    except FileNotFoundError as error:
-        raise NunerError(f"--config={name}: {error.strerror}") from error
-    except Exception as error:  # a config file is a program: anything can go wrong in it
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        place = f"{file}, line {lines[-1]}" if lines else file
-        unknown = re.search(r'Key "(\w+)" does not exist', str(error))
-        reason = f"{type(error).__name__}: {error}"
-        if unknown:
-            reason = f"no such key {unknown[1]!r}{_nearest(unknown[1], [key for key, _ in _leaves(pretrain())])}"
-        raise NunerError(f"--config={name}: {place}: {reason}") from error
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    """The keys most like this one, by their last part or a word of it."""
-
-    def likeness(name: str) -> float:
-        last = name.rpartition(".")[2]
-        words = [last, *last.split("_")]
-        return max(difflib.SequenceMatcher(None, key.rpartition(".")[2], word).ratio() for word in words)
-
-    close = sorted((name for name in known if likeness(name) > 0.7), key=likeness, reverse=True)[:3]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; the keys are {', '.join(known)}"
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses values that no run could use, by name, before any work.
-
-    Raises:
-      NunerError: naming the key, its value and what it may be.
-    """
-    choices = {
-        "model.init": ("pretrained", "scratch"),
-        "model.dtype": ("float32", "bfloat16"),
-        "model.attention": ("xla", "cudnn"),
-        "loss.normaliser": ("positives", "pairs"),
-        "checkpoint.best": ("retrieval/mrr", "validation/loss"),
-    }
-    flat, known = dict(_leaves(config)), dict(_leaves(pretrain()))
-    for key in flat:
-        if key not in known and not key.startswith("data.sources."):
-            raise NunerError(f"config.{key}: no such key{_nearest(key, list(known))}")
-    for key, allowed in choices.items():
-        if flat[key] not in allowed:
-            raise NunerError(f"config.{key} = {flat[key]!r}: choose one of {', '.join(map(repr, allowed))}")
-    at_least = {
-        "data.rows": 1,
-        "data.row_length": 8,
-        "data.concept_row_length": 8,
-        "data.concept_length": 3,
-        "data.row_multiple": 1,
-        "data.prefetch": 0,
-        "loss.chunk": 1,
-        "loss.scale": 1e-9,
-        "optim.accumulate": 1,
-        "lr": 0.0,
-        "optim.clip_norm": 1e-9,
-        "epochs": 1e-9,
-        "steps": 0,
-        "eval.every": 1,
-        "eval.rows": 1,
-        "eval.batches": 1,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-        "log_every": 1,
-    }
-    at_most = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5, "data.max_malformed": 1.0}
-    for key, least in at_least.items():
-        if flat[key] is not None and not flat[key] >= least:  # so that NaN is refused too
-            raise NunerError(f"config.{key} = {flat[key]}: at least {least} is needed")
-    for key, most in at_most.items():
-        if not 0 <= flat[key] <= most:
-            raise NunerError(f"config.{key} = {flat[key]}: between 0 and {most} is needed")
-    if not config.data.sources:
-        raise NunerError("config.data.sources is empty: name at least one source of training data")
-
-
-def _leaves(config: ConfigDict, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def save(config: ConfigDict, path: Path) -> None:
-    """Writes the resolved config as JSON: wholly, or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def read(path: Path) -> ConfigDict:
-    """The config that `save` wrote.
-
-    Raises:
-      NunerError: there is none, or it cannot be read.
-    """
-    try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise NunerError(f"{path} cannot be read as a config: {error}") from error
-
-
-def difference(config: ConfigDict, path: Path) -> list[str]:
-    """What differs between this config and one that `save` wrote: lines "key: there -> here".
-
-    Args:
-      config: the config at hand.
-      path: the saved one.
-    """
-    there = dict(_leaves(read(path)))
-    here = dict(_leaves(ConfigDict(json.loads(config.to_json_best_effort()))))
-    keys = [key for key in here | there if here.get(key) != there.get(key)]
-    return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys]
