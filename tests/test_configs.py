@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -11,11 +12,15 @@ from ml_collections import config_flags
 
 from nuner_jax import config as config_lib
 from nuner_jax import initialise, optim, sharding, steps
+from nuner_jax.annotate import pipeline
+from nuner_jax.annotate.select import read_units
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+ANNOTATE = [path for path in CONFIGS if path.stem.startswith("annotate_")]
+PRETRAIN = [path for path in CONFIGS if path not in ANNOTATE]
 
 # Sizes of the encoders that the configs name, as their config.json gives them, but for layers: one above the frozen
 # ones is enough to see every shape. No weights are needed for that.
@@ -56,7 +61,7 @@ def on_small_data(rows_file, tmp_path, minilm_folder):
     return adapt
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_one_whole_step_of_every_config_has_the_right_shapes(path, on_small_data):
     config = on_small_data(read(path), path.stem)
     config_lib.check(config)
@@ -74,6 +79,33 @@ def test_one_whole_step_of_every_config_has_the_right_shapes(path, on_small_data
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(metric.shape == () for metric in metrics.values())
     assert {leaf.dtype.name for leaf in jax.tree.leaves(after.params)} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["annotate_sample.py", "annotate_openai.py:some-model"]
+    + [f"annotate_local.py:{server}" for server in ("vllm", "sglang", "llamacpp", "ollama")],
+)
+def test_every_annotation_config_selects_and_plans(name, tmp_path):
+    config = read(ROOT / "configs" / name)
+    assert f"{name.partition(':')[0]}" in {path.name for path in ANNOTATE}
+    config.endpoint.model = config.endpoint.model or "some-model"
+    config.source.paths = (str(ROOT / "nuner_jax/data/sample/travel_desk.jsonl"),)
+    config_lib.check(config, tasks=("annotate",))
+    lines = []
+    console = types.SimpleNamespace(say=lambda line="": lines.append(line), progress=None)
+    pipeline.annotate(config, tmp_path / "run", console, dry_run=True)
+    assert any("[INPUT SENTENCE]" not in line and "Label as many entities" in line for line in lines)
+    assert read_units_count(tmp_path / "run") > 300
+
+
+def read_units_count(workdir):
+    return sum(1 for _ in read_units(workdir / "selection" / "units.jsonl.gz"))
+
+
+def test_a_config_of_another_command_is_refused(run_python):
+    done = run_python("-m", "nuner_jax.train", "--config=configs/annotate_sample.py", check=False)
+    assert done.returncode == 2 and "config.task = 'annotate': this command takes a config of pretrain" in done.stderr
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from nuner_jax.errors import NunerError
 
 CHOICES = {
     "source.unit": ("sentence", "passage", "row"),
-    "source.duplicates": ("keep", "exact", "near"),
+    "source.duplicates": ("exact", "near"),
     "endpoint.kind": ("live", "batch", "replay"),
     "align.occurrences": ("every", "first"),
     "align.match": ("tolerant", "exact"),
@@ -152,7 +152,7 @@ def _source() -> ConfigDict:
             "min_words": 4,
             "script": "Latin",  # Unicode script of the letters; "": any
             "script_share": 0.9,  # of the letters, at least
-            "duplicates": "near",  # what is left out: "keep" (nothing), "exact", or "near" ones too
+            "duplicates": "near",  # what is left out: "exact" ones, or "near" ones too
             "near_threshold": 0.8,  # Jaccard similarity of word 3-grams from which two units are near duplicates
             "size": config_dict.placeholder(int),  # units in the random sample; None: all
             "shard": "0/1",  # the part i/n of the sample that this machine annotates

@@ -134,12 +134,14 @@ def build(
     overwrite: bool = False,
     report: Report | None = None,
     provenance: dict[str, Any] | None = None,
+    beam_options: Any = None,
 ) -> bool:
     """Writes `records`, each text once, as the data set `out_dir`; False if it was there already.
 
     `records` is read once, as a stream; whatever it raises leaves `out_dir` as it was. `report`, if
     it is what the stream fills, and `provenance` are stored in `report.json`. TFDS sorts each split
-    in memory: about 1 kB per record.
+    in memory: about 1 kB per record. With `beam_options` (Beam's PipelineOptions) TFDS encodes, sorts
+    and writes in Apache Beam, with the same result; its workers must see the folder of `out_dir`.
 
     Raises `NunerError` if there are fewer records than splits, a text comes twice, `out_dir` cannot
     be written, or it holds something else: another data set needs `overwrite`, and what is no data
@@ -155,7 +157,7 @@ def build(
         if is_built(out) and not overwrite:
             return _same_or_error(out, digest)
         finished = temporary / "data"
-        sizes = write_shards(spool, finished, splitter.splits, splitter)
+        sizes = write_shards(spool, finished, splitter.splits, splitter, beam_options)
         content = {
             "fingerprint": digest,
             "format_version": FORMAT_VERSION,

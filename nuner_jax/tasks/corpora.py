@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from nuner_jax.annotate.pipeline import ensure_annotated
 from nuner_jax.data import builder
 from nuner_jax.data.corpus import Corpus, load_corpus
 from nuner_jax.errors import NunerError
@@ -34,7 +35,11 @@ def open_corpora(
     cache_dir = Path(data.cache_dir).expanduser()
     folders = {}
     for name, source in data.sources.items():
-        folders[name] = builder.ensure_built(source.path, cache_dir / "shards", **options)
+        if source.path.endswith(".py"):
+            say(f"source {name}: the records of {source.path}")
+            folders[name] = ensure_annotated(source.path, cache_dir / "annotated")
+        else:
+            folders[name] = builder.ensure_built(source.path, cache_dir / "shards", **options)
         say(f"source {name}: {_summary(folders[name])}")
     held_out = {name: folder for name, folder in folders.items() if "validation" in builder.splits(folder)}
     if not held_out:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nuner_jax.data import completions
 from nuner_jax.data.align import Annotation, concept_name, occurrences, parse_lines
 from nuner_jax.data.importers.rows import MalformedRow
 from nuner_jax.data.records import Entity
@@ -57,11 +58,12 @@ def parse_nuner(row: Mapping[str, Any]) -> ParsedRow:
 
 
 def parse_completion(row: Mapping[str, Any]) -> ParsedRow:
-    """`text`, `completion`: an LLM's raw completion, one annotation per line."""
+    """`text`, `completion`: an LLM's raw completion, one annotation per line; see `data/completions.py`."""
     if not isinstance(row["completion"], str):
         raise MalformedRow("completion_not_a_string")
-    annotations, malformed = parse_lines(row["completion"].split("\n"))
-    return ParsedRow(_text(row, "text"), annotations, malformed=malformed)
+    text = _text(row, "text")
+    parsed = completions.parse_completion(row["completion"], text)
+    return ParsedRow(text, parsed.annotations, malformed=tuple(line.reason for line in parsed.rejected))
 
 
 def parse_gliner(row: Mapping[str, Any]) -> ParsedRow:

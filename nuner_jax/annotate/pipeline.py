@@ -1,0 +1,186 @@
+"""The stages of annotation in their order, and the folder in which they hand over to each other.
+
+    WORKDIR/
+      config.json          the config, resolved
+      selection/           select: units.jsonl.gz, selection.json
+      journal.sqlite       request: every attempt, its answer and its cost
+      aligned.jsonl.gz     align: records; rejected.jsonl.gz and align.json beside it
+      shards/              build: the data set that pre-training reads
+      report/              report: index.html, DATA_CARD.md, figures, concepts.csv
+
+Each stage reads what the one before wrote, so each can run by itself, and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from nuner_jax import config as config_lib
+from nuner_jax.annotate import alignment, batch, request
+from nuner_jax.annotate import report as report_lib
+from nuner_jax.annotate.endpoints import Endpoint, LiveEndpoint, ReplayEndpoint
+from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.plan import show_plan
+from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.select import read_units, select
+from nuner_jax.data import builder
+from nuner_jax.data.importers import resolve_inputs
+from nuner_jax.errors import NunerError
+from nuner_jax.folders import locked, writing
+from nuner_jax.writers import Console
+
+STAGES = ("select", "request", "align", "build", "report")
+JOURNAL_FILE = "journal.sqlite"
+UNITS_FILE = Path("selection", "units.jsonl.gz")
+
+
+def annotate(
+    config: ConfigDict,
+    workdir: Path,
+    console: Console,
+    *,
+    stages: Sequence[str] = STAGES,
+    dry_run: bool = False,
+    pilot_only: bool = False,
+) -> None:
+    """Runs stages in their order; what is done already is not done again.
+
+    Args:
+      config: see `nuner_jax.config.annotate`.
+      workdir: where everything goes; a journal there is gone on with.
+      console: tells what happens.
+      stages: some of `STAGES`.
+      dry_run: select, then only show the first prompts, the plan and the estimate; nothing is asked.
+      pilot_only: ask for the pilot's units, tell what all would cost, and stop.
+
+    Raises:
+      NunerError: bad input, named before anything is asked; an endpoint that cannot be used.
+    """
+    prompt = Prompt.make(config.prompt)
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, workdir / "config.json")
+        if "select" in stages or dry_run:
+            select(config, workdir / "selection", console.say)
+        if dry_run:
+            show_plan(config, prompt, workdir / UNITS_FILE, workdir / JOURNAL_FILE, console.say)
+            return
+        if "request" in stages and not _request(config, prompt, workdir, console, pilot_only):
+            return
+        if "align" in stages:
+            _align(config, workdir, console)
+        if "build" in stages:
+            _build(config, workdir, console)
+        if "report" in stages:
+            page = report_lib.write_report(config, prompt, workdir)
+            console.say(f"report       {page}")
+
+
+def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
+    """The shards of an annotation config, made first if need be; for the trainer.
+
+    Only recorded completions are annotated so: an endpoint that takes time and money is for
+    `python -m nuner_jax.annotate`.
+
+    Raises:
+      NunerError: the config is of another kind, or of an endpoint.
+    """
+    config = config_lib.load_file(config_file)
+    config_lib.check(config, tasks=("annotate",))
+    if config.endpoint.kind != "replay":
+        raise NunerError(
+            f"{config_file}: asks a language model; annotate first (python -m nuner_jax.annotate --config={config_file} "
+            "--workdir=DIR) and give DIR/shards as the source"
+        )
+    key = hashlib.sha256(json.dumps([_identity(config), config.to_json_best_effort()]).encode()).hexdigest()
+    workdir = cache_dir / f"{Path(config_file).stem}-{key[:12]}"
+    if not builder.is_built(workdir / "shards"):
+        with locked(workdir):
+            if not builder.is_built(workdir / "shards"):
+                annotate(config, workdir, Console(active=False))
+    return workdir / "shards"
+
+
+def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console, pilot_only: bool) -> bool:
+    """Asks for what is not answered yet; whether the next stages are to go on."""
+    selection = workdir / "selection"
+    fingerprint = _read(selection / "selection.json", "select")["fingerprint"]
+    with Journal.open(workdir / JOURNAL_FILE, _identity(config, prompt)) as journal:
+        journal.set_units(read_units(workdir / UNITS_FILE), fingerprint)
+        if config.request.retry_failed and (again := journal.retry_failed()):
+            console.say(f"request      {again:,} failed units are asked for again")
+        if config.endpoint.kind == "batch":
+            summary = batch.run(config, journal, prompt, console=console, pilot_only=pilot_only)
+        else:
+            summary = request.run(
+                config, journal, prompt, make_endpoint(config), console=console, pilot_only=pilot_only
+            )
+        totals = summary.totals
+    if summary.stopped in ("signal", "pilot"):
+        return False
+    if summary.stopped == "budget":
+        console.say(
+            f"the budget of ${config.request.budget:g} is used up: {totals.pending:,} of {totals.units:,} units were not "
+            "asked; raise config.request.budget to go on"
+        )
+    return True
+
+
+def make_endpoint(config: ConfigDict) -> Endpoint:
+    """The endpoint of a config, not yet connected."""
+    return ReplayEndpoint(config.endpoint.replay) if config.endpoint.kind == "replay" else LiveEndpoint(config)
+
+
+def _align(config: ConfigDict, workdir: Path, console: Console) -> None:
+    with Journal.open(_existing(workdir / JOURNAL_FILE, "request"), read_only=True) as journal:
+        alignment.align_journal(config, journal, workdir, console.say)
+
+
+def _build(config: ConfigDict, workdir: Path, console: Console) -> None:
+    """The aligned records as shards; they replace those of an earlier state of the journal."""
+    counts = _read(workdir / "align.json", "align")
+    shards = workdir / "shards"
+    if builder.is_built(shards):
+        stored = builder.read_report(shards)
+        if (
+            stored.get("aligned") == counts["sha256"]
+            and stored["validation_fraction"] == config.build.validation_fraction
+        ):
+            console.say(f"shards       {shards}: up to date")
+            return
+    builder.build(
+        alignment.read_records(workdir / "aligned.jsonl.gz"),
+        shards,
+        validation_fraction=config.build.validation_fraction,
+        overwrite=True,
+        provenance={"aligned": counts["sha256"], "annotation": counts},
+    )
+    sizes = ", ".join(f"{split} {size:,}" for split, size in builder.read_report(shards)["splits"].items())
+    console.say(f"shards       {shards}: {sizes}")
+
+
+def _identity(config: ConfigDict, prompt: Prompt | None = None) -> dict:
+    """All that an answer depends on besides its text: a journal holds answers of one identity only."""
+    if config.endpoint.kind == "replay":
+        digest = hashlib.sha256()
+        for path in resolve_inputs([config.endpoint.replay]):
+            digest.update(path.read_bytes())
+        return {"replay": digest.hexdigest()}
+    keys = ("model", "temperature", "top_p", "max_tokens", "extra")
+    prompt = prompt or Prompt.make(config.prompt)
+    return {**{key: config.endpoint[key] for key in keys}, **prompt.identity()}
+
+
+def _read(path: Path, stage: str) -> dict:
+    return json.loads(_existing(path, stage).read_text(encoding="utf-8"))
+
+
+def _existing(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise NunerError(f"{path} does not exist: run the stage {stage} first (--stages={stage},…)")
+    return path

@@ -1,0 +1,330 @@
+"""The stage `report`: one page that shows all of an annotation run, readable offline, and a data card.
+
+WORKDIR/report/index.html     one file: no script, nothing fetched
+WORKDIR/report/DATA_CARD.md   for whoever publishes the data set
+WORKDIR/report/concepts.csv   every concept, its mentions, and what the annotator called it
+WORKDIR/report/*.png          the figures of the page
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nuner_jax.annotate.alignment import ALIGNED_FILE, COUNTS_FILE, OUTCOMES, REJECTED_FILE, read_rows
+from nuner_jax.annotate.card import (
+    CARD_FILE,
+    Facts,
+    Pairs,
+    data_card,
+    making,
+    money,
+    number_rows,
+    share,
+    versions,
+    without_credentials,
+)
+from nuner_jax.annotate.figures import draw_all
+from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.errors import NunerError
+from nuner_jax.folders import writing
+
+PAGE_FILE = "index.html"
+CONCEPTS_FILE = "concepts.csv"
+TOP_CONCEPTS = 50
+EXAMPLES = 3  # of a concept, and of a reason for rejecting lines
+_CONTEXT = 60  # characters on either side of a mention
+_LINE = 200  # characters of a rejected line
+
+
+class Html(str):
+    """What stands in the page as it is; every other string is escaped."""
+
+    __slots__ = ()
+
+
+@dataclass
+class Concepts:
+    """The concepts of a data set: their mentions, and other names that were brought to them."""
+
+    mentions: Counter[str] = field(default_factory=Counter)
+    other_names: dict[str, Counter[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, rows: Iterable[Mapping[str, Any]]) -> Concepts:
+        """Counts the rows of the aligned file; only the concepts are held in memory."""
+        concepts = cls()
+        for row in rows:
+            for entity, raw in zip(row["entities"], row["raw_concepts"], strict=True):
+                name = entity["concept"]
+                concepts.mentions[name] += 1
+                if raw != name:
+                    concepts.other_names.setdefault(name, Counter())[raw] += 1
+        return concepts
+
+    def top(self, number: int) -> list[tuple[str, int]]:
+        """The most frequent concepts with their mentions; of equal ones, by name."""
+        return sorted(self.mentions.items(), key=lambda one: (-one[1], one[0]))[:number]
+
+    def raw_names(self, name: str) -> dict[str, int]:
+        """What the annotator called a concept, and how often; the most frequent first."""
+        others = self.other_names.get(name, Counter())
+        raw = Counter({name: self.mentions[name] - others.total()}) + others
+        return dict(sorted(raw.items(), key=lambda one: (-one[1], one[0])))
+
+
+def write_report(config: ConfigDict, prompt: Prompt, workdir: Path) -> Path:
+    """Writes the report of what the earlier stages left in `workdir`, in place of an earlier one; gives its page.
+
+    Raises:
+      NunerError: a stage has not been run yet, or the report cannot be written.
+    """
+    facts = _facts(config, prompt, workdir)
+    aligned = workdir / ALIGNED_FILE
+    concepts = Concepts.read(read_rows(aligned))
+    top = concepts.top(TOP_CONCEPTS)
+    examples = concept_examples(read_rows(aligned), [name for name, _ in top])
+    rejected = rejected_examples(read_rows(workdir / REJECTED_FILE), facts.counts)
+    folder = workdir / "report"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        write_concepts(concepts, folder / CONCEPTS_FILE)
+        figures = draw_all(facts.counts, concepts.mentions.values(), folder)
+        (folder / CARD_FILE).write_text(data_card(facts, top[:10]), encoding="utf-8")
+        (folder / PAGE_FILE).write_text(page(facts, concepts, examples, rejected, figures), encoding="utf-8")
+    return folder / PAGE_FILE
+
+
+def concept_examples(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Html]]:
+    """Of each of these concepts, its first mentions with different words, each marked within its text."""
+    found: dict[str, dict[str, Html]] = {name: {} for name in names}
+    missing = len(names)
+    for row in rows:
+        if not missing:
+            break
+        for entity in row["entities"]:
+            seen = found.get(entity["concept"])
+            if seen is None or len(seen) == EXAMPLES:
+                continue
+            text, start, end = row["text"], entity["start"], entity["end"]
+            seen.setdefault(text[start:end].lower(), _marked(text, start, end))
+            missing -= len(seen) == EXAMPLES
+    return {name: list(seen.values()) for name, seen in found.items()}
+
+
+def rejected_examples(rows: Iterable[Mapping[str, str]], counts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of each reason in align.json for which lines were rejected, the first different lines."""
+    wanted = {**counts["lines"]["rejected"], **counts["annotations"]["unplaced"]}
+    found: dict[str, list[str]] = {reason: [] for reason in wanted}
+    for row in rows:
+        lines = found[row["reason"]]
+        line = row["line"] if len(row["line"]) <= _LINE else row["line"][:_LINE] + "…"
+        if len(lines) < EXAMPLES and line not in lines:
+            lines.append(line)
+    return found
+
+
+def write_concepts(concepts: Concepts, path: Path) -> None:
+    """Writes concept, mentions, and a JSON object of the annotator's names with their counts; by frequency."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["concept", "count", "raw_names"])
+        for name, count in concepts.top(len(concepts.mentions)):
+            writer.writerow([name, count, json.dumps(concepts.raw_names(name), ensure_ascii=False)])
+
+
+def page(
+    facts: Facts,
+    concepts: Concepts,
+    examples: Mapping[str, Sequence[Html]],
+    rejected: Mapping[str, Sequence[str]],
+    figures: Sequence[Path],
+) -> str:
+    """The page: a whole HTML document."""
+    records = facts.counts["records"]
+    title = f"{records['records']:,} texts annotated by a language model"
+    images = Html("".join(_image(path) for path in figures))
+    settings = _table(("key", "value"), _leaves(facts.config))
+    sections = [
+        ("What it is", _pairs(making(facts))),
+        ("The prompt, word for word", Html(f"<pre>{escape(facts.prompt['template'])}</pre>")),
+        ("What it cost", _pairs(money(facts))),
+        ("Units", _units(facts)),
+        ("Lines of the completions", _lines(facts.counts, rejected)),
+        ("Figures", images),
+        ("Most frequent concepts", _concepts(concepts, examples)),
+        ("Versions and command", Html(_pairs(versions()) + f"<pre>{escape(facts.command)}</pre>")),
+        ("Settings", Html(f"<details><summary>All keys of the config</summary>{settings}</details>")),
+    ]
+    lead = (
+        f"{records['entities']:,} mentions of {records['concepts']:,} concepts, "
+        f"{records['singletons']:,} of them mentioned once."
+    )
+    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{content}</section>" for name, content in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p>{escape(lead)}</p>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+_STYLE = """
+body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dae0; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e8ebef; }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+pre { white-space: pre-wrap; background: #f4f6f8; padding: .8rem; }
+code { font-size: .9em; background: #f4f6f8; overflow-wrap: anywhere; }
+mark { background: #ffe49a; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+"""
+
+
+def _facts(config: ConfigDict, prompt: Prompt, workdir: Path) -> Facts:
+    selection = _read(workdir / "selection" / "selection.json", "select")
+    counts = _read(workdir / COUNTS_FILE, "align")
+    with Journal.open(workdir / "journal.sqlite", read_only=True) as journal:
+        return Facts(
+            config=config,
+            prompt=prompt.identity(),
+            selection=selection,
+            counts=counts,
+            totals=journal.totals(),
+            failures=journal.failures(),
+            faults=journal.faults(),
+            command=without_credentials(shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])),
+        )
+
+
+def _read(path: Path, stage: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NunerError(f"{path} does not exist: run the stage {stage} first (--stages={stage},…)") from error
+    except ValueError as error:
+        raise NunerError(f"{path} cannot be read ({error}): run the stage {stage} again") from error
+
+
+def _units(facts: Facts) -> Html:
+    """What became of the units: in the selection, then with the endpoint, then in alignment."""
+    units = facts.counts["units"]
+    outcomes = [("all", units["all"], "")] + [(_words(name), *_of(units[name], units["all"])) for name in OUTCOMES]
+    parts = [
+        Html("<h3>Selection</h3>"),
+        _pairs(number_rows(facts.selection["counts"])),
+        Html("<h3>Outcome</h3>"),
+        _table(("outcome", "#units", "#share"), outcomes),
+        *_reasons("Failed units, by reason", "#units", facts.failures),
+        *_reasons("Attempts that gave no answer, by reason", "#attempts", facts.faults),
+    ]
+    return Html("".join(parts))
+
+
+def _lines(counts: Mapping[str, Any], rejected: Mapping[str, Sequence[str]]) -> Html:
+    """What became of every line, with examples of the rejected ones."""
+    lines, annotations = counts["lines"], counts["annotations"]
+    every = lines["all"]
+    rows = [
+        ("all", every, "", ""),
+        ("found letter by letter", *_of(annotations["found"] - annotations["inexact"], every), ""),
+        ("found by tolerant match", *_of(annotations["inexact"], every), ""),
+    ]
+    for label, reasons in (("without a place", annotations["unplaced"]), ("rejected", lines["rejected"])):
+        for reason, count in reasons.items():
+            shown = Html("<br>".join(f"<code>{escape(line)}</code>" for line in rejected.get(reason, ())))
+            rows.append((f"{label}: {_words(reason)}", *_of(count, every), shown))
+    for reason, count in lines["ignored"].items():
+        rows.append((f"ignored: {_words(reason)}", *_of(count, every), ""))
+    return _table(("outcome", "#lines", "#share", "examples"), rows)
+
+
+def _concepts(concepts: Concepts, examples: Mapping[str, Sequence[Html]]) -> Html:
+    rows = [(name, concepts.mentions[name], Html("<br>".join(shown))) for name, shown in examples.items()]
+    return _table(("concept", "#mentions", "examples"), rows)
+
+
+def _reasons(title: str, what: str, counts: Mapping[str, int]) -> list[str]:
+    if not counts:
+        return []
+    rows = [(_words(reason), count) for reason, count in counts.items()]
+    return [Html(f"<h3>{escape(title)}</h3>"), _table(("reason", what), rows)]
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", without_credentials(str(value))
+
+
+def _marked(text: str, start: int, end: int) -> Html:
+    """A mention, marked, with some of the text around it."""
+    before, after = text[max(0, start - _CONTEXT) : start], text[end : end + _CONTEXT]
+    left = "…" if start > _CONTEXT else ""
+    right = "…" if end + _CONTEXT < len(text) else ""
+    return Html(f"{left}{escape(before)}<mark>{escape(text[start:end])}</mark>{escape(after)}{right}")
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(_words(path.stem))}" src="data:image/png;base64,{data}">\n'
+
+
+def _pairs(rows: Pairs) -> Html:
+    return _table((), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """A table; a column whose head begins with # holds numbers."""
+    numbers = [name.startswith("#") for name in head]
+    heads = "".join(_cell("th", name.lstrip("#"), is_number) for name, is_number in zip(head, numbers, strict=True))
+    lines = [f"<thead><tr>{heads}</tr></thead>"] if head else []
+    for row in rows:
+        kinds = numbers or [False] * len(row)
+        cells = (_cell("td", value, is_number) for value, is_number in zip(row, kinds, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return Html('<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>\n")
+
+
+def _cell(tag: str, value: Any, is_number: bool) -> str:
+    content = value if isinstance(value, Html) else escape(f"{value:,}" if isinstance(value, int) else value)
+    return f'<{tag} class="number">{content}</{tag}>' if is_number else f"<{tag}>{content}</{tag}>"
+
+
+def _of(count: int, whole: int) -> tuple[int, str]:
+    return count, share(count, whole)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
