@@ -45,6 +45,7 @@ EXTRAS = {
     "annotate": [
         "datasets>=5,<6",  # streams data sets from the Hugging Face hub
         "datasketch>=2,<3",  # MinHash, for near duplicates
+        "httpx2>=2.16,<3",  # under openai: its errors, and the connections at a time
         "inflect>=7,<8",  # plural forms of concept names
         "openai>=3,<4",
         "sentencex>=1,<2",  # sentences, in some hundred languages

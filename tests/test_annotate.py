@@ -202,7 +202,8 @@ def test_fifty_kills_leave_the_same_shards_and_no_answer_is_asked_for_twice(anno
 
 
 def test_the_sample_goes_through_all_stages_without_network_or_extras(tmp_path, run_python):
-    blocked = "import sys; sys.modules.update({name: None for name in ('openai', 'sentencex', 'datasketch', 'inflect')});"
+    extras = ("openai", "sentencex", "datasketch", "inflect", "datasets")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({extras!r}));"
     start = f"sys.argv = ['annotate', '--config=configs/annotate_sample.py', '--workdir={tmp_path / 'run'}'];"
     run_python("-c", blocked + start + "import runpy; runpy.run_module('nuner_jax.annotate', run_name='__main__')")
     counts = json.loads((tmp_path / "run" / "align.json").read_text())

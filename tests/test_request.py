@@ -1,29 +1,23 @@
 """The stage `request` against a real server: every unit ends, every cent is counted, whatever goes wrong."""
 
-import contextlib
 import json
-import os
 import re
-import signal
-import threading
-import time
 
 import pytest
+from asking import KEY, Lines, after_requests, ask, cost_of, make_config, make_units, once_each, opened
 from fake_answers import error_body
 from fake_openai import FakeOpenAI, _json
 
-from nuner_jax.annotate import request, retry, throttle
-from nuner_jax.annotate.answers import EndpointFault, EndpointStop
-from nuner_jax.annotate.endpoints import LiveEndpoint, ReplayEndpoint
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate import request, throttle
+from nuner_jax.annotate.answers import EndpointStop
+from nuner_jax.annotate.endpoints import ReplayEndpoint
 from nuner_jax.annotate.money import Prices
 from nuner_jax.annotate.prompts import Prompt
-from nuner_jax.annotate.units import Answer, Pending, Unit, Usage
+from nuner_jax.annotate.units import Answer, Usage
 from nuner_jax.config import annotate_schema
 from nuner_jax.errors import NunerError
 from nuner_jax.writers import Console
 
-KEY = "sk-test-0123456789-secret"
 EVERY_FAULT = ("rate_limit_retry_after", "rate_limit_plain", "error_500", "error_503", "timeout", "cut") + (
     "truncated_json",
     "empty",
@@ -35,81 +29,6 @@ EVERY_FAULT = ("rate_limit_retry_after", "rate_limit_plain", "error_500", "error
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("REQUEST_TEST_KEY", KEY)
-
-
-def make_config(server=None, **given):
-    config = annotate_schema.annotate()
-    config.endpoint.update(model="fake-model", key_variable="REQUEST_TEST_KEY", max_tokens=64)
-    if server is not None:
-        config.endpoint.base_url = server.base_url
-    # Whole picodollars per token, so that sums of tokens and of costs are equal.
-    config.price.update(input=1.0, cached=0.5, output=2.0)
-    config.request.update(backoff=0.01, timeout=20.0, pilot=0)
-    for key, value in given.items():
-        section = "prompt" if key == "units_per_request" else "request"
-        config[section][key] = value
-    return config
-
-
-def make_units(count, first=0):
-    return [
-        Unit.of(f"Anna Berg number {n} came to Lisbon by train, and wrote about harbours.", f"made:{n}")
-        for n in range(first, first + count)
-    ]
-
-
-class Lines(Console):
-    """A console that keeps what it is told."""
-
-    def __init__(self):
-        super().__init__(active=True)
-        self.lines = []
-        self.shown = []
-
-    def say(self, line=""):
-        self.lines.append(line)
-
-    def progress(self, line, final):
-        self.shown.append(line)
-
-
-@contextlib.contextmanager
-def opened(tmp_path, count):
-    with Journal.open(tmp_path / "journal.sqlite", {}) as journal:
-        journal.set_units(make_units(count), f"{count} units")
-        yield journal
-
-
-def ask(config, journal, endpoint=None, **more):
-    return request.run(
-        config,
-        journal,
-        Prompt.make(config.prompt),
-        endpoint or LiveEndpoint(config),
-        console=more.pop("console", Console(active=False)),
-        **more,
-    )
-
-
-def cost_of(config, bill):
-    return Prices.make(config).of(Usage(bill.prompt, bill.completion, bill.cached))
-
-
-def once_each(server):
-    return set(server.answered().values()) <= {1}
-
-
-def after_requests(server, count, act, *arguments):
-    """Calls `act` from another thread when the server has had so many requests."""
-
-    def watch():
-        while server.requests < count:
-            time.sleep(0.002)
-        act(*arguments)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 # --- Every unit ends, and every cent is counted ------------------------------------------------
@@ -331,101 +250,6 @@ def test_units_that_an_answer_leaves_out_are_asked_again_alone(tmp_path):
     assert summary.totals.spent == cost_of(config, server.billed)
 
 
-# --- The endpoint goes away --------------------------------------------------------------------
-
-
-def test_an_endpoint_that_dies_midway_stops_the_run_and_the_same_command_goes_on(tmp_path):
-    with FakeOpenAI(key=KEY, delay=0.005) as server, opened(tmp_path, 600) as journal:
-        config = make_config(server, backoff=0.001, max_attempts=3)
-        after_requests(server, 150, server.stop)
-        with pytest.raises(NunerError, match="answered none of the last .* the same command goes on"):
-            ask(config, journal)
-        totals = journal.totals()
-        assert 0 < totals.done < 600 and totals.failed == 0 and totals.in_flight == 0
-        server.start()
-        assert ask(config, journal).totals.done == 600
-        assert once_each(server)
-
-
-def test_an_endpoint_that_says_500_to_all_stops_the_run_and_no_unit_fails(tmp_path):
-    with FakeOpenAI(key=KEY) as server, opened(tmp_path, 300) as journal:
-        config = make_config(server, backoff=0.001, max_attempts=3)
-        server.fail_with(500, after=100)
-        with pytest.raises(NunerError, match="server_error: HTTP 500"):
-            ask(config, journal)
-        totals = journal.totals()
-        assert totals.done == 100 and totals.failed == 0
-        server.fail_with(None)
-        assert ask(config, journal).totals.done == 300
-
-
-def test_a_short_outage_is_waited_out(tmp_path):
-    def restart(server):
-        server.stop()
-        time.sleep(0.3)
-        server.start()
-
-    with FakeOpenAI(key=KEY, delay=0.005) as server, opened(tmp_path, 500) as journal:
-        thread = after_requests(server, 150, restart, server)
-        summary = ask(make_config(server, backoff=0.02, max_attempts=2), journal)
-        thread.join()
-    assert (summary.totals.done, summary.totals.failed) == (500, 0)
-
-
-# --- Stopping ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_what_is_in_flight_and_loses_nothing(tmp_path, number):
-    before = signal.getsignal(number)
-    console = Lines()
-    with FakeOpenAI(key=KEY, delay=0.1) as server, opened(tmp_path, 600) as journal:
-        after_requests(server, 40, os.kill, os.getpid(), number)
-        summary = ask(make_config(server), journal, console=console)
-        assert signal.getsignal(number) is before
-        totals = summary.totals
-        assert summary.stopped == "signal" and any("stopping" in line for line in console.lines)
-        assert 0 < totals.done == server.requests < 400
-        assert totals.in_flight == totals.failed == totals.unsure == 0
-        server.delay = 0.0
-        assert ask(make_config(server), journal).totals.done == 600
-        assert set(server.attempts().values()) == {1}
-
-
-def test_a_second_signal_stops_at_once_and_the_next_start_asks_again(tmp_path):
-    with FakeOpenAI(key=KEY) as server, opened(tmp_path, 100) as journal:
-        held = server.pause()
-
-        def stop():
-            held.wait()
-            for _ in range(2):
-                time.sleep(0.1)
-                os.kill(os.getpid(), signal.SIGINT)
-
-        threading.Thread(target=stop).start()
-        began = time.monotonic()
-        summary = ask(make_config(server), journal)
-        assert time.monotonic() - began < 5
-        assert summary.stopped == "signal" and summary.totals.in_flight == 8
-        server.resume()
-        totals = ask(make_config(server), journal).totals
-        assert (totals.done, totals.lost, totals.in_flight) == (100, 8, 0)
-        assert totals.unsure == summary.totals.reserved > 0
-
-
-def test_a_signal_does_not_wait_for_a_pause_that_the_server_asked_for(tmp_path):
-    console = Lines()
-    with (
-        FakeOpenAI(key=KEY, faults={"rate_limit_retry_after": 1.0}, retry_after=600) as server,
-        opened(tmp_path, 50) as journal,
-    ):
-        after_requests(server, 8, threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start)
-        began = time.monotonic()
-        assert ask(make_config(server), journal, console=console).stopped == "signal"
-        assert time.monotonic() - began < 5
-    assert any("rate limit: next in" in line for line in console.shown), console.shown
-
-
 # --- The pilot and what the user sees ----------------------------------------------------------
 
 
@@ -503,58 +327,3 @@ def test_the_key_is_in_no_journal_and_no_output(tmp_path, capfd, caplog):
     printed = capfd.readouterr()
     assert len(files) > 0 and not any(KEY.encode() in content for content in files)
     assert KEY not in printed.out + printed.err + caplog.text
-
-
-# --- The rules of retries by themselves --------------------------------------------------------
-
-
-def work(*numbers, attempts=0, counted=0):
-    return retry.Work([Pending(n, f"unit{n}", "", attempts) for n in numbers], counted)
-
-
-def test_delays_grow_with_full_jitter_up_to_a_minute_on_top_of_what_the_server_asks():
-    fault = EndpointFault("server_error", retry=True)
-    for attempt, bound in ((1, 2), (2, 4), (3, 8), (6, 60), (50, 60)):
-        delays = [retry.delay(attempt, 2.0, fault) for _ in range(400)]
-        assert 0 <= min(delays) < 0.1 * bound and 0.9 * bound < max(delays) <= bound
-    asked = EndpointFault("rate_limited", retry=True, retry_after=100.0)
-    assert all(100 <= retry.delay(1, 2.0, asked) <= 102 for _ in range(100))
-    assert retry.delay(5, 2.0, None) == 0
-
-
-def test_an_attempt_counts_against_a_unit_while_others_are_answered():
-    health, fault = retry.Health(1.0, proven=True), EndpointFault("server_error", retry=True)
-    one = work(1, counted=5)
-    assert health.judge(work(2), fault, 6)[1] is True
-    assert [outcome.state for outcome in health.judge(one, fault, 6)[0]] == ["failed"]
-    health.judge(work(3), fault, 6)  # the third without an answer between: it is the endpoint
-    outcomes, counted = health.judge(one, fault, 6)
-    assert ([outcome.state for outcome in outcomes], counted) == (["retry"], False)
-    health.answered()
-    assert [outcome.state for outcome in health.judge(one, fault, 6)[0]] == ["failed"]
-
-
-@pytest.mark.parametrize("reason", ["rate_limited", "overloaded", "unreachable"])
-def test_attempts_that_are_the_endpoints_fault_end_only_after_very_many(reason):
-    health, fault = retry.Health(1.0, proven=True), EndpointFault(reason, retry=True)
-    assert health.judge(work(1, attempts=100, counted=5), fault, 6)[0][0].state == "retry"
-    assert health.judge(work(1, attempts=retry.PATIENCE * 6 - 1), fault, 6)[0][0].state == "failed"
-
-
-def test_the_run_stops_after_many_faults_without_an_answer_over_a_stretch(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
-    health, fault = retry.Health(1.0, proven=True), EndpointFault("connection", retry=True)
-
-    def faults(count):
-        for n in range(count):
-            health.judge(work(n), fault, 6)
-        return health.reason_to_stop(fault, "it")
-
-    assert faults(retry.OUTAGE_FAULTS) is None
-    now[0] = retry.OUTAGE_STRETCH - 1
-    assert faults(1) is None and health.silent_for == now[0]
-    now[0] += 1
-    assert isinstance(faults(1), NunerError)
-    health.answered()
-    assert faults(retry.OUTAGE_FAULTS) is None and health.silent_for == 0

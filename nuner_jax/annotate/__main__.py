@@ -17,35 +17,36 @@ from nuner_jax.errors import NunerError, run_command
 from nuner_jax.folders import local_path
 from nuner_jax.writers import Console
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
-_STAGES = flags.DEFINE_list("stages", list(STAGES), f"What to do, of {','.join(STAGES)}.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Select, show the first prompts, the plan and an estimate; ask nothing.")
-_PILOT = flags.DEFINE_bool("pilot", False, "Ask for config.request.pilot units, tell what all would cost, and stop.")
-
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and annotates."""
     if len(argv) > 1:
         raise NunerError(f"unexpected argument {argv[1]!r}: every option begins with --")
-    config = _CONFIG.value
+    given = flags.FLAGS
+    config = given.config
     if config is None:
         raise NunerError("--config=FILE is needed, for example --config=configs/annotate_sample.py")
     config_lib.check(config, tasks=("annotate",))
-    for stage in _STAGES.value:
+    for stage in given.stages:
         if stage not in STAGES:
-            raise NunerError(f"--stages={','.join(_STAGES.value)}: no stage {stage!r}; there are {', '.join(STAGES)}")
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
+            raise NunerError(f"--stages={','.join(given.stages)}: no stage {stage!r}; there are {', '.join(STAGES)}")
+    config_file = config_flags.get_config_filename(given["config"])
+    workdir = local_path(given.workdir or f"runs/{Path(config_file.partition(':')[0]).stem}")
     annotate(
         config,
         workdir,
         Console(active=True),
-        stages=_STAGES.value,
-        dry_run=_DRY_RUN.value,
-        pilot_only=_PILOT.value,
+        stages=given.stages,
+        dry_run=given.dry_run,
+        pilot_only=given.pilot,
     )
 
 
 if __name__ == "__main__":
+    # Defined here and not above: whoever imports this module may have flags of its own.
+    config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
+    flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
+    flags.DEFINE_list("stages", list(STAGES), f"What to do, of {','.join(STAGES)}.")
+    flags.DEFINE_bool("dry_run", False, "Select, show the first prompts, the plan and an estimate; ask nothing.")
+    flags.DEFINE_bool("pilot", False, "Ask for config.request.pilot units, tell what all would cost, and stop.")
     run_command(main, parse_flags=config_lib.parse_flags)

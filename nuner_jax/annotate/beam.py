@@ -10,20 +10,19 @@ after `--` are Beam's own flags; without any, Beam runs in this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from nuner_jax import config as config_lib
-from nuner_jax.annotate import alignment
+from nuner_jax.annotate import alignment, pipeline
 from nuner_jax.annotate import beam_files as files
 from nuner_jax.annotate.beam_align import align
 from nuner_jax.annotate.beam_runner import is_dataflow, pipeline_options, runner, worker_errors
 from nuner_jax.annotate.beam_select import select
-from nuner_jax.data import builder
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.folders import local_path, writing
 from nuner_jax.writers import Console
@@ -54,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
             journals = given.journals or [files.join(workdir, "journal.sqlite")]
             align(config, journals, workdir, run, console.say)
         if "build" in stages:
-            build(config, Path(workdir), options, console.say)
+            with worker_errors():
+                pipeline.build(config, Path(workdir), console.say, beam_options=options)
 
 
 def _usable(workdir: str, stages: Sequence[str], options: Any) -> str:
@@ -70,34 +70,6 @@ def _usable(workdir: str, stages: Sequence[str], options: Any) -> str:
         )
     files.exists(workdir)  # there may be no file system for it
     return workdir
-
-
-def build(config: ConfigDict, workdir: Path, options: Any, say: Callable[[str], None]) -> None:
-    """The aligned records of `workdir` as shards, which TFDS encodes, sorts and writes in Beam.
-
-    They, and their report, are those of one machine. This process reads the records once, for their fingerprint.
-
-    Args:
-      config: its `build` counts.
-      workdir: all workers must see it.
-      options: Beam's PipelineOptions.
-      say: gets the summary.
-
-    Raises:
-      NunerError: nothing is aligned yet, or the shards cannot be written.
-    """
-    counts = files.read_json(str(workdir / alignment.COUNTS_FILE))
-    with worker_errors():
-        builder.build(
-            alignment.read_records(workdir / alignment.ALIGNED_FILE),
-            workdir / "shards",
-            validation_fraction=config.build.validation_fraction,
-            overwrite=True,
-            provenance={"aligned": counts["sha256"], "annotation": counts},
-            beam_options=options,
-        )
-    sizes = ", ".join(f"{split} {size:,}" for split, size in builder.read_report(workdir / "shards")["splits"].items())
-    say(f"shards       {workdir / 'shards'}: {sizes}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -75,7 +76,7 @@ def annotate(
         if "align" in stages:
             _align(config, workdir, console)
         if "build" in stages:
-            _build(config, workdir, console)
+            build(config, workdir, console.say)
         if "report" in stages:
             page = report_lib.write_report(config, prompt, workdir)
             console.say(f"report       {page}")
@@ -94,8 +95,8 @@ def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
     config_lib.check(config, tasks=("annotate",))
     if config.endpoint.kind != "replay":
         raise NunerError(
-            f"{config_file}: asks a language model; annotate first (python -m nuner_jax.annotate --config={config_file} "
-            "--workdir=DIR) and give DIR/shards as the source"
+            f"{config_file}: asks a language model; annotate first, and give WORKDIR/shards as the source: "
+            f"python -m nuner_jax.annotate --config={config_file} --workdir=WORKDIR"
         )
     key = hashlib.sha256(json.dumps([_identity(config), config.to_json_best_effort()]).encode()).hexdigest()
     workdir = cache_dir / f"{Path(config_file).stem}-{key[:12]}"
@@ -125,8 +126,8 @@ def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console
         return False
     if summary.stopped == "budget":
         console.say(
-            f"the budget of ${config.request.budget:g} is used up: {totals.pending:,} of {totals.units:,} units were not "
-            "asked; raise config.request.budget to go on"
+            f"the budget of ${config.request.budget:g} is used up: {totals.pending:,} of {totals.units:,} units were "
+            "not asked; raise config.request.budget to go on"
         )
     return True
 
@@ -141,27 +142,34 @@ def _align(config: ConfigDict, workdir: Path, console: Console) -> None:
         alignment.align_journal(config, journal, workdir, console.say)
 
 
-def _build(config: ConfigDict, workdir: Path, console: Console) -> None:
-    """The aligned records as shards; they replace those of an earlier state of the journal."""
-    counts = _read(workdir / "align.json", "align")
+def build(config: ConfigDict, workdir: Path, say: Callable[[str], None], *, beam_options: Any = None) -> None:
+    """The stage `build`: the aligned records as shards, which replace those of an earlier state of the journal.
+
+    Args:
+      config: its `build` counts.
+      workdir: with what `align` wrote.
+      say: gets the summary.
+      beam_options: Beam's PipelineOptions, if Beam is to write the shards; all its workers must see `workdir`.
+
+    Raises:
+      NunerError: nothing is aligned yet, or the shards cannot be written.
+    """
+    counts = _read(workdir / alignment.COUNTS_FILE, "align")
+    made_of = {"aligned": counts["sha256"], "validation_fraction": config.build.validation_fraction}
     shards = workdir / "shards"
-    if builder.is_built(shards):
-        stored = builder.read_report(shards)
-        if (
-            stored.get("aligned") == counts["sha256"]
-            and stored["validation_fraction"] == config.build.validation_fraction
-        ):
-            console.say(f"shards       {shards}: up to date")
-            return
-    builder.build(
-        alignment.read_records(workdir / "aligned.jsonl.gz"),
-        shards,
-        validation_fraction=config.build.validation_fraction,
-        overwrite=True,
-        provenance={"aligned": counts["sha256"], "annotation": counts},
-    )
+    stored = builder.read_report(shards) if builder.is_built(shards) else {}
+    fresh = any(stored.get(key) != value for key, value in made_of.items())
+    if fresh:
+        builder.build(
+            alignment.read_records(workdir / alignment.ALIGNED_FILE),
+            shards,
+            validation_fraction=config.build.validation_fraction,
+            overwrite=True,
+            provenance={"aligned": counts["sha256"], "annotation": counts},
+            beam_options=beam_options,
+        )
     sizes = ", ".join(f"{split} {size:,}" for split, size in builder.read_report(shards)["splits"].items())
-    console.say(f"shards       {shards}: {sizes}")
+    say(f"shards       {shards}: {sizes}{'' if fresh else ' (up to date)'}")
 
 
 def _identity(config: ConfigDict, prompt: Prompt | None = None) -> dict:

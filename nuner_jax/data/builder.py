@@ -27,7 +27,7 @@ from nuner_jax.data.records import Entity, Record
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import locked, workshop, writing
 
-FORMAT_VERSION = 1  # raise it when the same input gives other shards: it is part of every key
+FORMAT_VERSION = 2  # raise it when the same input gives other shards: it is part of every key
 REPORT_FILE = "report.json"
 SHARDS_FOLDER = Path("nuner_records", "1.0.0")  # TFDS: data_dir/name/version
 _HASH_SPACE = 2**64

@@ -57,6 +57,13 @@ def write_shards(
     return {split: builder.info.splits[split].num_examples for split in splits}
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Does not look for the data set in the bucket of the public ones, which leaves a folder in /tmp each time."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing."""
+
+
 class NunerRecords(tfds.core.GeneratorBasedBuilder):
     """Texts with their entities: character spans, concepts and descriptions.
 
@@ -82,7 +89,7 @@ class NunerRecords(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             features=tfds.features.FeaturesDict(
                 {
