@@ -81,7 +81,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["nuner_jax", "nuner_jax.*"]),
-    package_data={"nuner_jax": ["annotate/prompts/*.txt", "data/sample/**"]},
+    package_data={"nuner_jax": ["annotate/templates/*.txt", "data/sample/**"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

@@ -4,11 +4,11 @@ import contextlib
 import threading
 import time
 
-from nuner_jax.annotate import request
-from nuner_jax.annotate.endpoints import LiveEndpoint
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import Prices
 from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.request import live as request
+from nuner_jax.annotate.request.endpoints import LiveEndpoint
 from nuner_jax.annotate.units import Unit, Usage
 from nuner_jax.config import annotate_schema
 from nuner_jax.writers import Console

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Outcome, Unit
 
 IDENTITY = {"model": "gpt", "temperature": 0.0, "prompt": {"template": "Label [INPUT SENTENCE]", "units": 1}}
@@ -48,15 +48,19 @@ def rows(journal, statement, *values) -> list[tuple]:
 
 
 def start(script: str, *arguments) -> subprocess.Popen:
+    """A process that runs the script; its stdin stays open until it is killed, wherever the tests' own comes from."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
 HAMMER = """
     import asyncio, sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Journal
+    from nuner_jax.annotate.journal.journal import Journal
     from nuner_jax.annotate.units import Outcome
 
     async def caller(shared):

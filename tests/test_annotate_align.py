@@ -28,7 +28,7 @@ from nuner_jax.annotate.alignment import (
     read_rows,
     summary_lines,
 )
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Completed, Outcome, Unit, Usage
 from nuner_jax.config import annotate
 from nuner_jax.data.align import AlignOptions

@@ -17,12 +17,12 @@ from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuner_jax.annotate import figures
 from nuner_jax.annotate.alignment import ALIGNED_FILE, COUNTS_FILE, align_journal, read_rows
-from nuner_jax.annotate.card import number_rows, without_credentials
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.prompts import Prompt
-from nuner_jax.annotate.report import Concepts, concept_examples, write_report
+from nuner_jax.annotate.report import figures
+from nuner_jax.annotate.report.card import number_rows, without_credentials
+from nuner_jax.annotate.report.page import Concepts, concept_examples, write_report
 from nuner_jax.annotate.units import Outcome, Unit, Usage
 from nuner_jax.config import annotate
 from nuner_jax.errors import NunerError
@@ -213,7 +213,7 @@ def test_the_card_is_one_that_the_hub_reads(workdir):
     [(999, "n<1K"), (1000, "1K<n<10K"), (123_456, "100K<n<1M"), (1_000_000, "1M<n<10M"), (2 * 10**9, "1B<n<10B")],
 )
 def test_the_card_names_the_size_as_the_hub_does(count, size):
-    from nuner_jax.annotate.card import size_category
+    from nuner_jax.annotate.report.card import size_category
 
     assert size_category(count) == size
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuner_jax.annotate import duplicates
-from nuner_jax.annotate.select import LEFT_OUT, SELECTION_FILE, UNITS_FILE, Selection, read_units, select
+from nuner_jax.annotate.selection import duplicates
+from nuner_jax.annotate.selection.select import LEFT_OUT, SELECTION_FILE, UNITS_FILE, Selection, read_units, select
 from nuner_jax.config import annotate
 from nuner_jax.errors import NunerError
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_annotate_select import numbered, run, texts, write_lines
 
-from nuner_jax.annotate import duplicates
-from nuner_jax.annotate.filters import paragraphs, unit_splitter
-from nuner_jax.annotate.select import SELECTION_FILE, read_units
+from nuner_jax.annotate.selection import duplicates
+from nuner_jax.annotate.selection.filters import paragraphs, unit_splitter
+from nuner_jax.annotate.selection.select import SELECTION_FILE, read_units
 from nuner_jax.annotate.units import Unit
 from nuner_jax.data.builder import build
 from nuner_jax.data.records import Record
@@ -94,7 +94,8 @@ def test_a_tfds_data_set_is_read_from_its_folder_or_by_name_without_tensorflow(t
     train = texts(tmp_path / "b", f"tfds:{tmp_path / 'set'}")
     assert 0 < len(train) < 40
     code = (
-        "import pathlib, sys; from nuner_jax.annotate.select import select; from nuner_jax.config import annotate;"
+        "import pathlib, sys; from nuner_jax.annotate.selection.select import select;"
+        "from nuner_jax.config import annotate;"
         "config = annotate(); config.source.paths = ('tfds:nuner_records:1.0.0:train[:5]',);"
         f"made = select(config, pathlib.Path({str(tmp_path / 'c')!r}), print);"
         "assert made.counts['selected'] == 5, made; assert 'tensorflow' not in sys.modules"

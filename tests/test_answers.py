@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from nuner_jax.annotate.answers import (
+from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,
@@ -16,7 +17,6 @@ from nuner_jax.annotate.answers import (
     retry_after,
     status_error,
 )
-from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.units import Answer, Pending, Usage
 from nuner_jax.config import annotate_schema
 

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "nuner_jax"
 LAYERS = {
     "commands": {
         "annotate.__main__",
-        "annotate.beam",
+        "annotate.beam.__main__",
         "data.build",
         "data.export_rows",
         "data.tokenizer",
@@ -45,21 +45,39 @@ LAYERS = {
     "parts": {
         "annotate",
         "annotate.alignment",
-        "annotate.answers",
-        "annotate.batch",
-        "annotate.card",
-        "annotate.endpoints",
-        "annotate.figures",
+        "annotate.beam",
+        "annotate.beam.align",
+        "annotate.beam.files",
+        "annotate.beam.runner",
+        "annotate.beam.select",
         "annotate.journal",
+        "annotate.journal.file",
+        "annotate.journal.journal",
+        "annotate.journal.rows",
+        "annotate.journal.writer",
         "annotate.money",
         "annotate.pipeline",
         "annotate.plan",
         "annotate.prompts",
         "annotate.report",
+        "annotate.report.card",
+        "annotate.report.figures",
+        "annotate.report.page",
         "annotate.request",
-        "annotate.select",
-        "annotate.sources",
-        "annotate.throttle",
+        "annotate.request.answers",
+        "annotate.request.batch",
+        "annotate.request.batch_endpoint",
+        "annotate.request.batch_results",
+        "annotate.request.endpoints",
+        "annotate.request.live",
+        "annotate.request.retry",
+        "annotate.request.stop",
+        "annotate.request.throttle",
+        "annotate.selection",
+        "annotate.selection.duplicates",
+        "annotate.selection.filters",
+        "annotate.selection.select",
+        "annotate.selection.sources",
         "annotate.units",
         "checkpoint",
         "data",
@@ -114,7 +132,7 @@ FORBIDDEN = {"tensorflow", "torch", "clu"}
 # Slow to import, so only inside the functions that need them; the exceptions subclass theirs.
 LAZY = {"huggingface_hub", "matplotlib", "pyarrow", "tensorflow_datasets", "transformers"}
 # Of extras, and so not always there.
-LAZY |= {"apache_beam", "datasets", "datasketch", "inflect", "openai", "sentencex"}
+LAZY |= {"apache_beam", "datasets", "datasketch", "httpx2", "inflect", "openai", "sentencex"}
 EAGER_EXCEPTIONS = {("data.tfds_records", "tensorflow_datasets")}
 
 MAX_FILE_LINES = 400

@@ -12,11 +12,11 @@ from fake_answers import completion_of, recorded
 from fake_openai import Bill, FakeOpenAI
 
 from nuner_jax import config as config_lib
-from nuner_jax.annotate import batch
-from nuner_jax.annotate.batch_endpoint import MARK
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import PICO
 from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.request import batch
+from nuner_jax.annotate.request.batch_endpoint import MARK
 from nuner_jax.annotate.units import Unit
 from nuner_jax.errors import NunerError
 from nuner_jax.writers import Console
@@ -185,8 +185,8 @@ def test_the_pilot_is_a_small_first_batch_and_tells_what_all_would_cost(tmp_path
 SCRIPT = """
 import os, pathlib, signal, sys
 import test_batch
-from nuner_jax.annotate import batch
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.request import batch
+from nuner_jax.annotate.journal.journal import Journal
 base_url, workdir, units, ends = sys.argv[1:]
 if int(ends):
     batch.PAGE, real, calls = 7, Journal.finish_many, []

@@ -16,10 +16,13 @@ from apache_beam.io.filesystem import FileMetadata, MatchResult
 from apache_beam.io.localfilesystem import LocalFileSystem
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate import alignment, beam_align, beam_files, beam_select
-from nuner_jax.annotate import select as one_machine
-from nuner_jax.annotate.beam_runner import pipeline_options, runner, worker_errors
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate import alignment
+from nuner_jax.annotate.beam import align as beam_align
+from nuner_jax.annotate.beam import files as beam_files
+from nuner_jax.annotate.beam import select as beam_select
+from nuner_jax.annotate.beam.runner import pipeline_options, runner, worker_errors
+from nuner_jax.annotate.journal.journal import Journal
+from nuner_jax.annotate.selection import select as one_machine
 from nuner_jax.annotate.units import Outcome, Unit
 from nuner_jax.config import annotate
 from nuner_jax.data import builder
@@ -101,7 +104,7 @@ def test_the_selection_is_that_of_one_machine(corpus, tmp_path, run, monkeypatch
 
 
 def test_reading_is_repeated_if_near_duplicates_leave_too_few(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(one_machine, "_SPARE_UNITS", 0)
+    monkeypatch.setattr(one_machine, "SPARE_UNITS", 0)
     (tmp_path / "a.txt").write_text(
         "\n".join([*(f"In year {n} {SHARED_WORDS}." for n in range(90)), *sentences(40, 1)])
     )

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from nuner_jax import config as config_lib
 from nuner_jax import initialise, optim, sharding, steps
 from nuner_jax.annotate import pipeline
-from nuner_jax.annotate.select import read_units
+from nuner_jax.annotate.selection.select import read_units
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
 

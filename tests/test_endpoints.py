@@ -12,11 +12,11 @@ import time
 import pytest
 from fake_openai import FakeOpenAI
 
-from nuner_jax.annotate.answers import (
+from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
 )
-from nuner_jax.annotate.endpoints import LiveEndpoint, ReplayEndpoint
+from nuner_jax.annotate.request.endpoints import LiveEndpoint, ReplayEndpoint
 from nuner_jax.annotate.units import Usage
 from nuner_jax.config import annotate_schema
 from nuner_jax.data.importers.stream import SAMPLE_FILE

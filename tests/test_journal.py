@@ -7,7 +7,7 @@ import time
 import pytest
 from journals import UNITS, ask, begin, new, rows
 
-from nuner_jax.annotate.journal import BatchRow, Finish, Sample, Totals
+from nuner_jax.annotate.journal.journal import BatchRow, Finish, Sample, Totals
 from nuner_jax.annotate.units import Completed, Outcome, Pending, Usage
 from nuner_jax.errors import NunerError
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 from journals import IDENTITY, UNITS, ask, new
 
-from nuner_jax.annotate.journal import Finish, Journal, Totals
+from nuner_jax.annotate.journal.journal import Finish, Journal, Totals
 from nuner_jax.annotate.units import Outcome, Unit
 
 # Any sequence of all that

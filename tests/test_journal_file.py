@@ -9,7 +9,7 @@ import tempfile
 import pytest
 from journals import IDENTITY, new, start
 
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Unit
 from nuner_jax.errors import NunerError
 
@@ -118,7 +118,7 @@ def test_a_read_only_folder_can_be_read_and_not_written():
     script = """
         import os, sys
         from pathlib import Path
-        from nuner_jax.annotate.journal import Journal
+        from nuner_jax.annotate.journal.journal import Journal
         from nuner_jax.errors import NunerError
         path = Path(sys.argv[1]) / "journal.sqlite"
         if os.geteuid() == 0:

@@ -14,7 +14,7 @@ import time
 import pytest
 from journals import HAMMER, UNITS, ask, begin, new, rows, start
 
-from nuner_jax.annotate.journal import Journal, Totals
+from nuner_jax.annotate.journal.journal import Journal, Totals
 from nuner_jax.annotate.units import Outcome, Pending, Unit
 from nuner_jax.errors import NunerError
 
@@ -60,7 +60,7 @@ def test_a_process_killed_at_any_moment_loses_nothing_that_it_was_told_was_kept(
 MAKER = """
     import sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Journal
+    from nuner_jax.annotate.journal.journal import Journal
     from nuner_jax.annotate.units import Unit
     units = [Unit.of(f"text {number}", "a") for number in range(20_000)]
     print("ready", flush=True)
@@ -99,7 +99,7 @@ def test_a_process_killed_while_it_makes_the_journal_leaves_all_of_a_step_or_not
 HOLDER = """
     import sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Journal
+    from nuner_jax.annotate.journal.journal import Journal
     journal = Journal.open(Path(sys.argv[1]), {})
     print("open", flush=True)
     sys.stdin.read()
@@ -153,7 +153,7 @@ def test_a_reader_sees_what_another_process_has_written_and_writes_nothing(tmp_p
 
 def test_a_program_that_fails_without_closing_its_journal_ends(tmp_path, run_python):
     script = (
-        "import sys; from pathlib import Path; from nuner_jax.annotate.journal import Journal;"
+        "import sys; from pathlib import Path; from nuner_jax.annotate.journal.journal import Journal;"
         "journal = Journal.open(Path(sys.argv[1]), {}); raise SystemExit('failed')"
     )
     result = run_python("-c", script, str(tmp_path / "journal.sqlite"), check=False, timeout=30)
@@ -212,7 +212,7 @@ def test_a_full_disk_stops_nothing_but_what_did_not_fit_and_goes_on_when_there_i
 FULL = """
     import asyncio, resource, sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Journal
+    from nuner_jax.annotate.journal.journal import Journal
     from nuner_jax.annotate.units import Outcome, Unit
     from nuner_jax.errors import NunerError
 
@@ -258,7 +258,7 @@ def test_a_write_that_the_system_refuses_loses_nothing_that_was_kept(tmp_path, t
 FULL_DISK = """
     import asyncio, random, subprocess, sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Journal
+    from nuner_jax.annotate.journal.journal import Journal
     from nuner_jax.annotate.units import Outcome, Unit
     from nuner_jax.errors import NunerError
 
@@ -321,7 +321,7 @@ def test_on_a_full_disk_every_answer_that_is_paid_for_is_still_recorded(tmp_path
 MEMORY = """
     import resource, sys
     from pathlib import Path
-    from nuner_jax.annotate.journal import Finish, Journal
+    from nuner_jax.annotate.journal.journal import Finish, Journal
     from nuner_jax.annotate.units import Outcome, Unit
 
     def use(number, fingerprint):

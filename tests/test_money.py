@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuner_jax.annotate.journal import Sample, Totals
+from nuner_jax.annotate.journal.journal import Sample, Totals
 from nuner_jax.annotate.money import (
     PICO,
     Budget,

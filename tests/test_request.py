@@ -8,11 +8,12 @@ from asking import KEY, Lines, after_requests, ask, cost_of, make_config, make_u
 from fake_answers import error_body
 from fake_openai import FakeOpenAI, _json
 
-from nuner_jax.annotate import request, throttle
-from nuner_jax.annotate.answers import EndpointStop
-from nuner_jax.annotate.endpoints import ReplayEndpoint
 from nuner_jax.annotate.money import Prices
 from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.request import live as request
+from nuner_jax.annotate.request import throttle
+from nuner_jax.annotate.request.answers import EndpointStop
+from nuner_jax.annotate.request.endpoints import ReplayEndpoint
 from nuner_jax.annotate.units import Answer, Usage
 from nuner_jax.config import annotate_schema
 from nuner_jax.errors import NunerError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nuner_jax.annotate import retry
-from nuner_jax.annotate.answers import EndpointFault
+from nuner_jax.annotate.request import retry
+from nuner_jax.annotate.request.answers import EndpointFault
 from nuner_jax.annotate.units import Pending
 from nuner_jax.errors import NunerError
 

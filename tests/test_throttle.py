@@ -5,7 +5,7 @@ import heapq
 
 import pytest
 
-from nuner_jax.annotate.throttle import FIRST_LIMIT, Throttle, parse_duration, rate_limit_wait
+from nuner_jax.annotate.request.throttle import FIRST_LIMIT, Throttle, parse_duration, rate_limit_wait
 
 
 class FakeTime(asyncio.SelectorEventLoop):

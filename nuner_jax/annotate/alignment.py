@@ -27,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Completed
 from nuner_jax.data.align import DELIMITER, AlignOptions, Annotation, align
 from nuner_jax.data.completions import Completion, Rejected, parse_completion
@@ -251,7 +251,7 @@ def align_journal(config: ConfigDict, journal: Journal, workdir: Path, say: Call
                     reject(row)
         content = {
             **counts.as_dict(),
-            "options": _options_dict(config, options),
+            "options": options_dict(config, options),
             "selection": journal.fingerprint(),
             "sha256": digest.hexdigest(),
         }
@@ -313,7 +313,8 @@ def _as_line(annotation: Annotation) -> str:
     return f" {DELIMITER} ".join(part for part in annotation if part)
 
 
-def _options_dict(config: ConfigDict, options: UnitOptions) -> dict[str, Any]:
+def options_dict(config: ConfigDict, options: UnitOptions) -> dict[str, Any]:
+    """The options as `align.json` holds them."""
     return {
         **dataclasses.asdict(options.align),
         "normalise": list(config.align.normalise),

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.journal import Sample, Totals
+from nuner_jax.annotate.journal.journal import Sample, Totals
 from nuner_jax.annotate.units import Usage
 from nuner_jax.writers import duration
 

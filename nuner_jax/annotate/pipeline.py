@@ -22,13 +22,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nuner_jax import config as config_lib
-from nuner_jax.annotate import alignment, batch, request
-from nuner_jax.annotate import report as report_lib
-from nuner_jax.annotate.endpoints import Endpoint, LiveEndpoint, ReplayEndpoint
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate import alignment
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.plan import show_plan
 from nuner_jax.annotate.prompts import Prompt
-from nuner_jax.annotate.select import read_units, select
+from nuner_jax.annotate.report import page as report_lib
+from nuner_jax.annotate.request import batch
+from nuner_jax.annotate.request import live as request
+from nuner_jax.annotate.request.endpoints import Endpoint, LiveEndpoint, ReplayEndpoint
+from nuner_jax.annotate.selection.select import read_units, select
 from nuner_jax.data import builder
 from nuner_jax.data.importers import resolve_inputs
 from nuner_jax.errors import NunerError

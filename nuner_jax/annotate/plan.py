@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import Prices, bracket, estimate, picodollars
 from nuner_jax.annotate.prompts import Prompt, request_body
-from nuner_jax.annotate.select import read_units
+from nuner_jax.annotate.selection.select import read_units
 
 PROMPTS_SHOWN = 3
 

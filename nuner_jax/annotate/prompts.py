@@ -20,7 +20,7 @@ from nuner_jax.data.completions import has_delimiter, read_array
 from nuner_jax.errors import NunerError
 
 PLACEHOLDER = "[INPUT SENTENCE]"
-_FOLDER = Path(__file__).parent / "prompts"
+_FOLDER = Path(__file__).parent / "templates"
 
 # A heading of a part of an answer, without the bold around it: "### 1", "1.", "[1]", "Sentence 1:", and behind it what
 # a model may repeat of the sentence. No two runs of white space meet in it, which would backtrack.

@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 from ml_collections import ConfigDict  # noqa: E402
 
 from nuner_jax.annotate import request  # noqa: E402
-from nuner_jax.annotate.endpoints import LiveEndpoint  # noqa: E402
-from nuner_jax.annotate.journal import Journal  # noqa: E402
+from nuner_jax.annotate.journal.journal import Journal  # noqa: E402
 from nuner_jax.annotate.prompts import Prompt, request_body  # noqa: E402
+from nuner_jax.annotate.request.endpoints import LiveEndpoint  # noqa: E402
 from nuner_jax.annotate.units import Unit  # noqa: E402
 from nuner_jax.config import annotate_schema  # noqa: E402
 from nuner_jax.writers import Console  # noqa: E402

@@ -19,10 +19,10 @@ from ml_collections import config_flags
 
 from nuner_jax import config as config_lib
 from nuner_jax.annotate import alignment, pipeline
-from nuner_jax.annotate import beam_files as files
-from nuner_jax.annotate.beam_align import align
-from nuner_jax.annotate.beam_runner import is_dataflow, pipeline_options, runner, worker_errors
-from nuner_jax.annotate.beam_select import select
+from nuner_jax.annotate.beam import files
+from nuner_jax.annotate.beam.align import align
+from nuner_jax.annotate.beam.runner import is_dataflow, pipeline_options, runner, worker_errors
+from nuner_jax.annotate.beam.select import select
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.folders import local_path, writing
 from nuner_jax.writers import Console

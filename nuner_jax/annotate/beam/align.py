@@ -20,11 +20,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate import alignment
-from nuner_jax.annotate import beam_files as files
 from nuner_jax.annotate.alignment import Counts, UnitOptions, align_unit, concept_names
-from nuner_jax.annotate.beam_runner import Run
-from nuner_jax.annotate.duplicates import rank
-from nuner_jax.annotate.journal import Journal
+from nuner_jax.annotate.beam import files
+from nuner_jax.annotate.beam.runner import Run
+from nuner_jax.annotate.journal.journal import Journal
+from nuner_jax.annotate.selection.duplicates import rank
 from nuner_jax.annotate.units import Completed
 from nuner_jax.data.concepts import plural_forms
 from nuner_jax.errors import NunerError
@@ -61,7 +61,7 @@ def align(config: ConfigDict, journals: Sequence[str], workdir: str, run: Run, s
             digest.update(line)
         content = {
             **_counts_of(counts).as_dict(),
-            "options": alignment._options_dict(config, options),
+            "options": alignment.options_dict(config, options),
             "selection": ", ".join(sorted(set(files.read_json(files.join(folder, "selections.json"))))),
             "sha256": digest.hexdigest(),
         }

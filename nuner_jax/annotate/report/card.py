@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import nuner_jax
-from nuner_jax.annotate.journal import Totals
+from nuner_jax.annotate.journal.journal import Totals
 from nuner_jax.annotate.money import Prices, dollars
 
 CARD_FILE = "DATA_CARD.md"

@@ -20,14 +20,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate import money
-from nuner_jax.annotate.answers import EndpointFault
-from nuner_jax.annotate.batch_endpoint import ENDED, PATH, BatchEndpoint, BatchLook
-from nuner_jax.annotate.batch_results import Results
-from nuner_jax.annotate.endpoints import LiveEndpoint
-from nuner_jax.annotate.journal import BatchRow, Finish, Journal
+from nuner_jax.annotate.journal.journal import BatchRow, Finish, Journal
 from nuner_jax.annotate.prompts import Prompt, request_body
-from nuner_jax.annotate.request import Summary
-from nuner_jax.annotate.stop import Stop
+from nuner_jax.annotate.request.answers import EndpointFault
+from nuner_jax.annotate.request.batch_endpoint import ENDED, PATH, BatchEndpoint, BatchLook
+from nuner_jax.annotate.request.batch_results import Results
+from nuner_jax.annotate.request.endpoints import LiveEndpoint
+from nuner_jax.annotate.request.live import Summary
+from nuner_jax.annotate.request.stop import Stop
 from nuner_jax.annotate.units import Outcome, Pending
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import writing

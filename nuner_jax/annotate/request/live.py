@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate import money
-from nuner_jax.annotate.answers import EndpointFault, EndpointStop, judge
-from nuner_jax.annotate.endpoints import Endpoint
-from nuner_jax.annotate.journal import Journal, Totals
+from nuner_jax.annotate.journal.journal import Journal, Totals
 from nuner_jax.annotate.prompts import Prompt, request_body
-from nuner_jax.annotate.retry import Health, Work, delay
-from nuner_jax.annotate.throttle import Slot, Throttle
+from nuner_jax.annotate.request.answers import EndpointFault, EndpointStop, judge
+from nuner_jax.annotate.request.endpoints import Endpoint
+from nuner_jax.annotate.request.retry import Health, Work, delay
+from nuner_jax.annotate.request.throttle import Slot, Throttle
 from nuner_jax.annotate.units import Answer, Outcome, Pending, Usage
 from nuner_jax.writers import Console, duration
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.answers import (
+from nuner_jax.annotate.journal.journal import Finish
+from nuner_jax.annotate.money import Prices
+from nuner_jax.annotate.prompts import Prompt, request_body
+from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,
@@ -20,11 +23,8 @@ from nuner_jax.annotate.answers import (
     read_answer,
     status_error,
 )
-from nuner_jax.annotate.endpoints import api_key, without_key
-from nuner_jax.annotate.journal import Finish
-from nuner_jax.annotate.money import Prices
-from nuner_jax.annotate.prompts import Prompt, request_body
-from nuner_jax.annotate.retry import PATIENCE
+from nuner_jax.annotate.request.endpoints import api_key, without_key
+from nuner_jax.annotate.request.retry import PATIENCE
 from nuner_jax.annotate.units import Outcome, Pending, Usage
 from nuner_jax.errors import NunerError
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nuner_jax.annotate.answers import EndpointFault, fault_outcomes
+from nuner_jax.annotate.request.answers import EndpointFault, fault_outcomes
 from nuner_jax.annotate.units import Outcome, Pending
 from nuner_jax.errors import NunerError
 

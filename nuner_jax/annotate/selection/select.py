@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.duplicates import RANK_BYTES, near_duplicates, rank
-from nuner_jax.annotate.filters import REASONS, UnitFilter, unit_splitter
-from nuner_jax.annotate.sources import Source, read_texts, resolve
+from nuner_jax.annotate.selection.duplicates import RANK_BYTES, near_duplicates, rank
+from nuner_jax.annotate.selection.filters import REASONS, UnitFilter, unit_splitter
+from nuner_jax.annotate.selection.sources import Source, read_texts, resolve
 from nuner_jax.annotate.units import Unit
 from nuner_jax.data.importers.report import Tally, kind_lines
 from nuner_jax.data.importers.rows import text_lines
@@ -41,8 +41,8 @@ SELECTION_FILE = "selection.json"
 LEFT_OUT = (*REASONS, "duplicate", "near_duplicate", "beyond_sample", "other_shard")
 """Every unit that is read is selected or left out for one of these."""
 
-_FORMAT_VERSION = 1  # raise it when the same input gives another selection
-_SPARE, _SPARE_UNITS = 1.2, 1000  # units held for one of the sample, since some turn out as near duplicates
+FORMAT_VERSION = 1  # raise it when the same input gives another selection
+SPARE, SPARE_UNITS = 1.2, 1000  # units held for one of the sample, since some turn out as near duplicates
 _OVERFLOW = 1.5  # times the limit, at which the largest ranks are let go: sorting now and then beats a heap
 _PROGRESS_S = 30.0
 _GZIP_LEVEL = 3  # as quick as everything else here
@@ -84,7 +84,7 @@ def select(config: ConfigDict, folder: Path, say: Say) -> Selection:
     began = time.monotonic()
     sources = resolve(config.source)
     made_of = {
-        "version": _FORMAT_VERSION,
+        "version": FORMAT_VERSION,
         "source": json.loads(json.dumps(config.source.to_dict())),  # tuples become the lists that a file gives back
         "seed": config.seed,
         "inputs": [identity for source in sources for identity in source.identity()],
@@ -95,8 +95,8 @@ def select(config: ConfigDict, folder: Path, say: Say) -> Selection:
         return Selection(folder / UNITS_FILE, stored["fingerprint"], stored["counts"], reused=True)
     units, counts, malformed = _choose(config, sources, say)
     content = {"counts": counts, "malformed": malformed.as_dict(), **made_of}
-    content = _write(folder, units, config.source.shard, content, began)
-    for line in _summary(content):
+    content = write_selection(folder, units, config.source.shard, content, began)
+    for line in summary_lines(content):
         say(line)
     return Selection(folder / UNITS_FILE, content["fingerprint"], counts, reused=False)
 
@@ -175,7 +175,7 @@ def _choose(config: ConfigDict, sources: Sequence[Source], say: Say) -> tuple[It
     size, near_too = config.source.size, config.source.duplicates == "near"
     limit = size
     if size is not None and near_too:
-        limit = int(_SPARE * size) + _SPARE_UNITS
+        limit = int(SPARE * size) + SPARE_UNITS
     while True:
         pool = _Pool(config.seed, limit)
         counts, malformed = _fill(pool, config.source, sources, say)
@@ -253,7 +253,9 @@ def _stored(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(folder: Path, units: Iterator[Unit], shard: str, content: dict[str, Any], began: float) -> dict[str, Any]:
+def write_selection(
+    folder: Path, units: Iterator[Unit], shard: str, content: dict[str, Any], began: float
+) -> dict[str, Any]:
     """Writes the units of the shard and all about them; returns what is in selection.json.
 
     Both files are complete before either is put in place. selection.json vouches for the units, so it is the last.
@@ -297,7 +299,8 @@ def _unit_file(path: Path) -> Iterator[Callable[[Unit], None]]:
         yield write
 
 
-def _summary(content: dict[str, Any]) -> Iterator[str]:
+def summary_lines(content: dict[str, Any]) -> Iterator[str]:
+    """For a person: what selection.json says."""
     counts = content["counts"]
     yield (
         f"selection    {counts['selected']:,} of {counts['units']:,} units in {counts['texts']:,} texts, "

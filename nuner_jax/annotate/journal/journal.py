@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuner_jax.annotate import journal_rows as rows
-from nuner_jax.annotate.journal_file import Reserve, check, connect, hold, named, prepare
-from nuner_jax.annotate.journal_rows import Finish, Sample, Totals
-from nuner_jax.annotate.journal_writer import GroupWriter, Write
+from nuner_jax.annotate.journal import rows
+from nuner_jax.annotate.journal.file import Reserve, check, connect, hold, named, prepare
+from nuner_jax.annotate.journal.rows import Finish, Sample, Totals
+from nuner_jax.annotate.journal.writer import GroupWriter, Write
 from nuner_jax.annotate.units import Completed, Outcome, Pending, Unit, Usage
 from nuner_jax.errors import NunerError
 

@@ -23,7 +23,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate.alignment import ALIGNED_FILE, COUNTS_FILE, OUTCOMES, REJECTED_FILE, read_rows
-from nuner_jax.annotate.card import (
+from nuner_jax.annotate.journal.journal import Journal
+from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.report.card import (
     CARD_FILE,
     Facts,
     Pairs,
@@ -35,9 +37,7 @@ from nuner_jax.annotate.card import (
     versions,
     without_credentials,
 )
-from nuner_jax.annotate.figures import draw_all
-from nuner_jax.annotate.journal import Journal
-from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.report.figures import draw_all
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import writing
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nuner_jax.annotate.journal_file import Reserve, named
+from nuner_jax.annotate.journal.file import Reserve, named
 from nuner_jax.errors import NunerError
 
 Write = Callable[[sqlite3.Connection], tuple[Any, Any]]

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate import beam_files as files
-from nuner_jax.annotate import select as one_machine
-from nuner_jax.annotate.beam_runner import Run
-from nuner_jax.annotate.duplicates import bands, near_in_group, rank, signature
-from nuner_jax.annotate.filters import REASONS, UnitFilter, unit_splitter
-from nuner_jax.annotate.sources import resolve
+from nuner_jax.annotate.beam import files
+from nuner_jax.annotate.beam.runner import Run
+from nuner_jax.annotate.selection import select as one_machine
+from nuner_jax.annotate.selection.duplicates import bands, near_in_group, rank, signature
+from nuner_jax.annotate.selection.filters import REASONS, UnitFilter, unit_splitter
+from nuner_jax.annotate.selection.sources import resolve
 from nuner_jax.annotate.units import Unit
 from nuner_jax.data.importers import SAMPLE
 from nuner_jax.data.importers.report import PLACES_KEPT, Tally, kind_lines
@@ -51,7 +51,7 @@ class Part:
 
 
 def select(config: ConfigDict, workdir: str, run: Run, say: Callable[[str], None], *, shards: int = 1) -> None:
-    """Selects the units of config.source into `workdir`, as `nuner_jax.annotate.select` does on one machine.
+    """Selects the units of config.source into `workdir`, as `nuner_jax.annotate.selection.select` does on one machine.
 
     Args:
       config: of annotation; only `source` and `seed` are looked at. Its paths may be in a bucket (gs://…, globs too).
@@ -67,7 +67,7 @@ def select(config: ConfigDict, workdir: str, run: Run, say: Callable[[str], None
     size = config.source.size
     limit = size
     if size is not None and config.source.duplicates == "near":
-        limit = int(one_machine._SPARE * size) + one_machine._SPARE_UNITS
+        limit = int(one_machine.SPARE * size) + one_machine.SPARE_UNITS
     parts = parts_of(config.source)
     with files.scratch(workdir) as folder:
         while True:
@@ -82,7 +82,7 @@ def select(config: ConfigDict, workdir: str, run: Run, say: Callable[[str], None
             if shards > 1:
                 own, name = config.copy_and_resolve_references(), f"shard-{shard}-of-{shards}"
                 own.source.shard, target = f"{shard}/{shards}", files.join(workdir, name, "selection")
-            for line in one_machine._summary(candidates.write(own, target, began)):
+            for line in one_machine.summary_lines(candidates.write(own, target, began)):
                 say(f"{name} {line}" if name else line)
 
 
@@ -271,16 +271,16 @@ class _Candidates:
         content = {
             "counts": dict(self._counts),
             "malformed": self._malformed.as_dict(),
-            "version": one_machine._FORMAT_VERSION,
+            "version": one_machine.FORMAT_VERSION,
             "source": json.loads(json.dumps(config.source.to_dict())),
             "seed": config.seed,
             "inputs": self._inputs,
         }
         if not files.is_remote(target):
-            return one_machine._write(Path(target), units, config.source.shard, content, began)
+            return one_machine.write_selection(Path(target), units, config.source.shard, content, began)
         with tempfile.TemporaryDirectory(prefix="nuner_jax-") as temporary:
             local = Path(temporary) / "selection"
-            content = one_machine._write(local, units, config.source.shard, content, began)
+            content = one_machine.write_selection(local, units, config.source.shard, content, began)
             for name in (one_machine.UNITS_FILE, one_machine.SELECTION_FILE):
                 files.upload(local / name, files.join(target, name))
         return content

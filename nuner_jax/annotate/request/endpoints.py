@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.answers import (
+from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,

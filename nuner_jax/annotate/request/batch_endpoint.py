@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.answers import EndpointFault, EndpointStop, message_of, status_error
-from nuner_jax.annotate.endpoints import api_key, without_key
+from nuner_jax.annotate.request.answers import EndpointFault, EndpointStop, message_of, status_error
+from nuner_jax.annotate.request.endpoints import api_key, without_key
 
 PATH = "/v1/chat/completions"
 """Where each line of a file goes, as the Batch API wants it written, whatever the server's own base_url is."""

@@ -1,0 +1,1 @@
+"""The journal of attempts: one SQLite file, in which everything is before it counts."""

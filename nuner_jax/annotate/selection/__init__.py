@@ -1,0 +1,1 @@
+"""The stage select: sources → units → filters → duplicates → a seeded sample."""
