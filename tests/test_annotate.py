@@ -113,6 +113,39 @@ def test_a_journal_of_another_prompt_or_model_is_refused_with_what_differs(annot
     assert "temperature: 0.0 -> 0.5" in done.stderr and "template" in done.stderr and "workdir" in done.stderr
 
 
+def test_the_refused_config_is_not_what_the_folder_tells(annotated):
+    workdir, *_ = annotated
+    assert config_lib.read(workdir / "config.json").endpoint.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "flag", "hint"),
+    [
+        ("another-key", None, "NUNER_TEST_KEY"),
+        (None, None, "NUNER_TEST_KEY"),
+        (KEY, "--config.endpoint.model=fake-modle", "fake-model"),
+        (KEY, "--config.endpoint.base_url=http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1"),
+    ],
+    ids=["wrong key", "no key", "unknown model", "endpoint down"],
+)
+def test_an_endpoint_that_cannot_be_used_is_told_before_anything_is_selected(tmp_path, key, flag, hint):
+    with FakeOpenAI(key=KEY) as server:
+        environment = {name: value for name, value in os.environ.items() if name != "NUNER_TEST_KEY"}
+        done = subprocess.run(
+            command(server, tmp_path / "run", *([flag] if flag else [])),
+            cwd=ROOT,
+            env=environment | ({"NUNER_TEST_KEY": key} if key else {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not server.log
+    assert done.returncode == 2 and hint in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "another-key" not in done.stderr
+    assert not (tmp_path / "run" / "selection").exists()
+
+
 def test_a_larger_sample_asks_only_for_what_is_new(tmp_path):
     with FakeOpenAI(key=KEY) as server:
         run(server, tmp_path / "run", "--config.source.size=40", "--stages=select,request")
@@ -229,24 +262,10 @@ def test_a_live_config_is_no_source_of_training_data(tmp_path):
         pipeline.ensure_annotated(f"{ROOT / TINY}:http://localhost:1/v1", tmp_path)
 
 
-def test_a_full_disk_in_mid_run_loses_nothing_that_was_paid_for(tmp_path):
-    """The journal may not grow beyond a limit of the file system; with room again, the run goes on."""
-    with FakeOpenAI(key=KEY) as server:
-        limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "limited"]  # blocks of 1,024 bytes
-        done = subprocess.run(
-            [*limited, *command(server, tmp_path / "run")],
-            cwd=ROOT,
-            env={**os.environ, "NUNER_TEST_KEY": KEY},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
-        saved = set(journal(tmp_path / "run", "select unit from attempts where state = 'done'"))
-        run(server, tmp_path / "run")
-        again = set(journal(tmp_path / "run", "select unit from attempts where attempt > 1 and state = 'done'"))
-    assert saved and not saved & again
+def test_the_benchmark_of_the_client_runs(run_python):
+    printed = run_python("tests/benchmarks/annotate_client.py", "--units=300", "--runs=1", "--concurrency=16").stdout
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["units"] == 300 and figures["stage_per_s"] > 0 and figures["bare_per_s"] > 0
 
 
 def test_bad_flags_are_one_line_of_error(tmp_path):

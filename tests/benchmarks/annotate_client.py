@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from ml_collections import ConfigDict  # noqa: E402
 
-from nuner_jax.annotate import request  # noqa: E402
 from nuner_jax.annotate.journal.journal import Journal  # noqa: E402
 from nuner_jax.annotate.prompts import Prompt, request_body  # noqa: E402
+from nuner_jax.annotate.request import live  # noqa: E402
 from nuner_jax.annotate.request.endpoints import LiveEndpoint  # noqa: E402
 from nuner_jax.annotate.units import Unit  # noqa: E402
 from nuner_jax.config import annotate_schema  # noqa: E402
@@ -103,7 +103,7 @@ def ask_all(config: ConfigDict, count: int) -> float:
     with tempfile.TemporaryDirectory() as folder, Journal.open(pathlib.Path(folder) / "journal.sqlite", {}) as journal:
         journal.set_units(make_units(count), "benchmark")
         began = time.perf_counter()
-        summary = request.run(
+        summary = live.run(
             config, journal, Prompt.make(config.prompt), LiveEndpoint(config), console=Console(active=False)
         )
         seconds = time.perf_counter() - began
@@ -133,7 +133,7 @@ def measure_memory(count: int, concurrency: int) -> None:
         journal.set_units(make_units(count), "benchmark")
         print(f"  0%  {resident_mib():6.1f} MiB", flush=True)
         began = time.perf_counter()
-        request.run(config, journal, Prompt.make(config.prompt), LiveEndpoint(config), console=Watch(active=True))
+        live.run(config, journal, Prompt.make(config.prompt), LiveEndpoint(config), console=Watch(active=True))
         seconds = time.perf_counter() - began
     result = {"units": count, "per_s": round(count / seconds)} | {f"mib_{key}": round(rss[key], 1) for key in rss}
     print(json.dumps(result))
