@@ -7,6 +7,7 @@ export or an evaluation reads the parameters alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -39,18 +40,14 @@ class Checkpoints:
           best_is_lower: whether a lower value is better.
         """
         policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[best_metric],
-            reverse=best_is_lower,  # Orbax keeps the end of the sorted list
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         self._best_metric, self._best_is_lower = best_metric, best_is_lower
         with _opening(workdir / _FOLDER):
             self._checkpointer = ocp.training.Checkpointer(
                 epath.Path(workdir) / _FOLDER,
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), _KeepBest(best_metric, best_is_lower)]
+                ),
                 cleanup_tmp_directories=True,
             )
 
@@ -62,7 +59,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step of the best checkpoint that was saved with metrics, else the latest."""
-        return _best(self._checkpointer, self._best_metric, self._best_is_lower)
+        return _best(self._checkpointer.checkpoints, self._best_metric, self._best_is_lower)
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that a step was saved with."""
@@ -140,16 +137,31 @@ def resolve(path: str) -> Path:
         if _steps(parent):
             with _opening(parent), ocp.training.Checkpointer(epath.Path(parent)) as checkpointer:
                 info = read_info(parent / str(checkpointer.latest.step))
-                return parent / str(_best(checkpointer, info.get("best_metric"), info.get("best_is_lower")))
+                best = _best(checkpointer.checkpoints, info.get("best_metric"), info.get("best_is_lower"))
+                return parent / str(best)
     raise NunerError(f"{path}: no checkpoint there; give a workdir, or one of its {_FOLDER}/STEP folders")
 
 
-def _best(checkpointer, metric: str | None, is_lower: bool) -> int | None:
-    measured = [c for c in checkpointer.checkpoints if c.metrics and metric in c.metrics]
+@dataclasses.dataclass(frozen=True)
+class _KeepBest:
+    """Keeps the best checkpoint: of equally good ones the earliest, so that a plateau does not move it."""
+
+    metric: str
+    is_lower: bool
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """As Orbax asks: whether to keep each of these."""
+        best = _best(checkpoints, self.metric, self.is_lower)
+        return [c.step == best and bool(c.metrics) for c in checkpoints]
+
+
+def _best(checkpoints, metric: str | None, is_lower: bool) -> int | None:
+    """The step of the best of those that have the metric, the earliest of equals; without any, the latest."""
+    measured = [c for c in checkpoints if c.metrics and metric in c.metrics]
     if not measured:
-        return checkpointer.latest.step if checkpointer.latest else None
+        return max((c.step for c in checkpoints), default=None)
     sign = 1 if is_lower else -1
-    return min(measured, key=lambda c: sign * c.metrics[metric]).step
+    return min(measured, key=lambda c: (sign * c.metrics[metric], c.step)).step
 
 
 def read_info(folder: Path) -> dict:

@@ -66,7 +66,8 @@ def start(
         weights, origin = {}, f"random parameters of seed {config.seed}"
         if config.model.init == "pretrained":
             weights = task.pretrained_params(abstract.params)
-            origin = "pretrained weights: " + ", ".join(f"{name} {config.model[name]}" for name in weights)
+            named = [f"{name} {config.model[name]}" for name in weights if name in config.model]
+            origin = f"pretrained weights: {', '.join(named)}"
         params = _random_except(weights, task, config.seed, shardings.params)
     new = jax.jit(lambda p: steps.new_state(task, optimizer, p), out_shardings=shardings, donate_argnums=0)
     return Start(new(params), origin, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import optax
 
 from nuner_jax.errors import NunerError
@@ -38,17 +40,26 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    share: Callable[[str], float] = lambda path: 1.0,
 ) -> optax.GradientTransformation:
     """AdamW on gradients clipped to `clip_norm` (global L2 norm).
 
-    Decay is left out for biases, layer norms and scalars (arrays with no matrix in them), as is usual for
-    BERT-like encoders: they are told by their path, since fused biases have more than one dimension.
+    `share` gives the share of the learning rate that the parameter of a path has. Decay is left out for biases, layer
+    norms and scalars (arrays with no matrix in them), as is usual for BERT-like encoders: they are told by their path,
+    since fused biases have more than one dimension.
     """
 
     def decayed(params: dict[str, object]) -> dict[str, bool]:
         return {path: path.endswith(("/kernel", "/embedding")) for path in params}
 
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     )
+
+    def update(gradients: dict[str, object], state, params=None):
+        updates, state = chain.update(gradients, state, params)
+        return {path: change * share(path) for path, change in updates.items()}, state
+
+    # Not one more link of the chain: the optimizer's memory, and so the checkpoints, are the same with and without.
+    return optax.GradientTransformation(chain.init, update)

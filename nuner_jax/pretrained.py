@@ -251,7 +251,21 @@ def _log_unused(folder: Path, stored: Mapping[str, _Stored], weights: Sequence[H
 # --- Writing -----------------------------------------------------------------------------------
 
 
-def save_encoder(folder: Path, config: EncoderConfig, params: Mapping[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class HfHead:
+    """What a model with a head has in its files beside the encoder.
+
+    architecture: what `transformers` calls its class, after the family: "ForTokenClassification".
+    tensors: the head's weights under their Hugging Face names, float32.
+    hf_config: what the head adds to config.json.
+    """
+
+    architecture: str
+    tensors: Mapping[str, np.ndarray]
+    hf_config: Mapping[str, Any]
+
+
+def save_encoder(folder: Path, config: EncoderConfig, params: Mapping[str, Any], head: HfHead | None = None) -> None:
     """Writes config.json and model.safetensors as `transformers.AutoModel.from_pretrained` reads.
 
     Args:
@@ -259,6 +273,7 @@ def save_encoder(folder: Path, config: EncoderConfig, params: Mapping[str, Any])
       config: of the encoder.
       params: its parameter tree; arrays of any kind whose values this process can reach. Written
         as float32, so that `load_encoder` gives the same bits back.
+      head: of a model for a task, if it is one.
 
     Raises: NunerError if the tree is not that of `config`, or the folder cannot be written.
     """
@@ -270,13 +285,18 @@ def save_encoder(folder: Path, config: EncoderConfig, params: Mapping[str, Any])
     tensors = {}
     for weight in weights:
         tensors.update(weight.to_hf(np.asarray(leaves[weight.path], np.float32)))
+    hf_config = config.to_hf()
+    if head:
+        base, kind = config.base_name, hf_config["architectures"][0].removesuffix("Model")
+        tensors = {f"{base}.{name}": value for name, value in tensors.items()} | dict(head.tensors)
+        hf_config |= {"architectures": [kind + head.architecture], **head.hf_config}
     partial = folder / f"{WEIGHTS}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # transformers refuses a file without this piece of metadata.
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.replace(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -307,6 +327,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "character offsets: choose a model with a tokenizer.json"
         )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig, folder: Path) -> None:
+    """Writes a tokenizer for an encoder; raises NunerError if the folder cannot be written."""
+    tokenizer.model_max_length = config.max_length  # who truncates by it stays inside the model
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the Rust side raises no OSError for a full disk
+        raise NunerError(f"cannot write the tokenizer to {folder}: {error}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> None:

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nuner_jax import checkpoint, export, initialise, optim, sharding, steps
+from nuner_jax import checkpoint, evaluate, export, initialise, optim, sharding, steps
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
-    config_lib.check(config, tasks=("pretrain",))
+    config_lib.check(config, tasks=("pretrain", "finetune"))
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
@@ -66,14 +66,14 @@ def _join_processes() -> None:
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    """Trains the task of a config to its last step, or until it is asked to stop.
+    """Trains the task of a config to its last step, until its patience is at an end, or until it is asked to stop.
 
     Args:
       config: see `nuner_jax.config`.
       workdir: where checkpoints, metrics and all else goes; if it holds a checkpoint, the run resumes.
 
     Returns:
-      The metrics of the best checkpoint.
+      The metrics of the best checkpoint, those of the final evaluation among them.
 
     Raises:
       NunerError: bad input, named before anything is compiled; a loss that is not finite, with its step.
@@ -83,11 +83,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     with writing(workdir):
         run = prepare(config, workdir, console)
         stopped_by = loop(run, console)
+        metrics = run.checkpoints.metrics(run.checkpoints.best)
         if stopped_by:
             console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
-        elif jax.process_index() == 0:
-            _finish(run, began, console)
-    return run.checkpoints.metrics(run.checkpoints.best)
+            return metrics
+        metrics = metrics | _final_metrics(run)
+        if jax.process_index() == 0:
+            _finish(run, metrics, began, console)
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,13 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
         o.schedule, peak=config.lr, end=o.end_lr, warmup_steps=round(o.warmup * total), total_steps=total
     )
     optimizer = optim.make_optimizer(
-        schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        schedule,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+        share=task.learning_rate_share,
     )
     abstract = initialise.abstract_state(task, optimizer, mesh, config.mesh.rules)
     checkpoint.check_space(workdir, abstract, config.checkpoint.keep)
@@ -139,8 +148,9 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
 
 
 def loop(run: Run, console: Console) -> str | None:
-    """Steps until the last; returns the signal that ended the loop early, if one did."""
+    """Steps until the last, or until no evaluation is better; returns the signal that ended it before, if one did."""
     config, checkpoints, state, total = run.config, run.checkpoints, run.state, run.total_steps
+    evaluators = run.task.evaluators()
     step = int(state.step)
     # What an interrupted run did at the step that it resumes from is not done again.
     saved_at = step if run.resumed else -1
@@ -168,13 +178,16 @@ def loop(run: Run, console: Console) -> str | None:
             last = step >= total
             stopped_by = None if last else stop.reached(step)
             evaluating = not stopped_by and step != evaluated_at and (last or step % config.eval.every == 0)
+            evaluating = evaluating and bool(evaluators)
             metrics = {}
             if evaluating:
                 progress.flush()
                 with progress.paused():
-                    metrics = run_evaluators(run.task, state.params)
+                    metrics = run_evaluators(evaluators, state.params)
                 progress.evaluated(step, metrics)
                 stopped_by = None if last else stop.reached(step)  # a notice that came meanwhile
+            if not stopped_by and (evaluating or step == evaluated_at):
+                last = last or _patience_ended(run, step, metrics, console)
             due = last or stopped_by or (step > 0 and step % config.checkpoint.every == 0)
             if due and step != saved_at:
                 progress.flush()
@@ -196,6 +209,25 @@ def _global_batch(run: Run, step: int) -> dict[str, jax.Array]:
     return sharding.to_global(place, batch, run.task.batch_rows)
 
 
+def _patience_ended(run: Run, step: int, metrics: dict[str, float], console: Console) -> bool:
+    """Whether the best checkpoint is as old as the task's patience, and this evaluation (none: saved) no better.
+
+    All of it is read from the checkpoints, so that a resumed run, and every process, decides alike.
+    """
+    patience, name = run.task.patience, run.task.best_metric
+    if patience is None:
+        return False
+    run.checkpoints.wait()
+    best = run.checkpoints.best
+    if best is None or step - best < patience:
+        return False
+    sign = -1 if run.task.best_is_lower else 1
+    if metrics and sign * metrics[name] > sign * run.checkpoints.metrics(best)[name]:
+        return False
+    console.say(f"no better {name} since step {best:,}: training ends at step {step:,}")
+    return True
+
+
 def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     checkpoints.wait()
     if checkpoints.latest is None:
@@ -203,10 +235,18 @@ def _last_good(checkpoints: checkpoint.Checkpoints) -> str:
     return f"The last good checkpoint is {checkpoints.path(checkpoints.latest)}."
 
 
-def _finish(run: Run, began: float, console: Console) -> None:
+def _final_metrics(run: Run) -> dict[str, float]:
+    """What the task measures once, at the end, of the best checkpoint."""
+    evaluators = run.task.final_evaluators()
+    if not evaluators:
+        return {}
+    folder = run.checkpoints.path(run.checkpoints.best)
+    return evaluate.measure(folder, run.task, evaluators, run.mesh, run.config.mesh.rules)
+
+
+def _finish(run: Run, metrics: dict[str, float], began: float, console: Console) -> None:
     """Writes result, plot and export of the best checkpoint; tells what was made, where, and what to do next."""
     best, info = run.checkpoints.best, run.task.export_info()
-    metrics = run.checkpoints.metrics(best)
     made = {"result": workdir_lib.write_result(run.workdir, run.config, best, metrics, info, began)}
     if run.config.plot:
         made["plot"] = run.workdir / "training.png"

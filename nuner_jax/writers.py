@@ -117,18 +117,21 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
 
 
 def plot_training(workdir: Path, out: Path) -> None:
-    """Draws loss (train, validation) and retrieval (top-1, MRR) over steps, from metrics.jsonl, as PNG."""
+    """Draws the loss and what tells quality over steps, from metrics.jsonl, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = read_metrics(workdir)
     panels = {
-        "loss per positive pair": {"train/loss": "train", "validation/loss": "validation"},
+        "loss": {"train/loss": "train", "validation/loss": "validation", "dev/loss": "dev"},
         "token → concept retrieval, validation": {"retrieval/top1": "top-1", "retrieval/mrr": "MRR"},
+        "F1, dev": {"dev/token_macro_f1": "token macro", "dev/entity_f1": "entity micro", "dev/string_f1": "string"},
     }
+    measured = {name for line in lines for name in line}
+    panels = {title: curves for title, curves in panels.items() if measured & curves.keys()} or {"loss": {}}
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, label in curves.items():
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:

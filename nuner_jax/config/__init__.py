@@ -1,12 +1,14 @@
 """The configuration: one module per kind of config, and files.py, which reads, checks and writes them.
 
-A config file starts from `pretrain()` or `annotate()` and changes what it needs to; the keys there are all there
-are, so a misspelt one is refused, in a file as on the command line, with the nearest name. "(paper)" marks what
-Bogdanov et al. (EMNLP 2024) tell; everything else is our choice.
+A config file starts from `pretrain()`, `finetune()`, `fewshot()` or `annotate()` and changes what it needs to; the keys
+there are all there are, so a misspelt one is refused, in a file as on the command line, with the nearest name.
+"(paper)" marks what Bogdanov et al. (EMNLP 2024) tell; everything else is our choice.
 """
 
 from nuner_jax.config.annotate_schema import annotate
+from nuner_jax.config.fewshot_schema import fewshot
 from nuner_jax.config.files import check, difference, load_file, parse_flags, read, save
+from nuner_jax.config.finetune_schema import finetune
 from nuner_jax.config.pretrain_schema import SAMPLE_TOKENIZER, pretrain, source, sources
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "annotate",
     "check",
     "difference",
+    "fewshot",
+    "finetune",
     "load_file",
     "parse_flags",
     "pretrain",

@@ -14,10 +14,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from nuner_jax.config import annotate_schema, pretrain_schema
+from nuner_jax.config import annotate_schema, fewshot_schema, finetune_schema, pretrain_schema
 from nuner_jax.errors import NunerError
 
-SCHEMAS = {"pretrain": pretrain_schema, "annotate": annotate_schema}
+SCHEMAS = {
+    "pretrain": pretrain_schema,
+    "annotate": annotate_schema,
+    "finetune": finetune_schema,
+    "fewshot": fewshot_schema,
+}
 """The module of each schema, by the value of `config.task`."""
 
 
@@ -63,7 +68,7 @@ def load_file(name: str) -> ConfigDict:
 
 def _all_keys() -> list[str]:
     """The keys of every kind of config."""
-    return [key for task, schema in SCHEMAS.items() for key, _ in _leaves(getattr(schema, task)())]
+    return list(dict.fromkeys(key for task, schema in SCHEMAS.items() for key, _ in _leaves(getattr(schema, task)())))
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ of the MLP.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -98,9 +100,9 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         attended_BxLxD = self.attention(x_BxLxD, mask_Bx1xLxL)
-        attended_BxLxD = _dropout(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
+        attended_BxLxD = dropped(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
         x_BxLxD = self.attention_norm(x_BxLxD + attended_BxLxD)
-        mapped_BxLxD = _dropout(self.mlp(x_BxLxD), self.dropout, _fold_in(dropout_key, 1))
+        mapped_BxLxD = dropped(self.mlp(x_BxLxD), self.dropout, _fold_in(dropout_key, 1))
         return self.mlp_norm(x_BxLxD + mapped_BxLxD)
 
 
@@ -144,6 +146,7 @@ class Encoder(nnx.Module):
         *,
         stop_gradient_layers: int = 0,
         dropout_key: jax.Array | None = None,
+        layers: Sequence[int] = (-1,),
     ) -> jax.Array:
         """Encodes a batch of rows.
 
@@ -158,28 +161,43 @@ class Encoder(nnx.Module):
           stop_gradient_layers: the embeddings and this many bottom layers are cut from the backward
             pass; 0 cuts nothing. Static.
           dropout_key: turns dropout on (rate `config.dropout`); None is the deterministic model.
+          layers: whose vectors are wanted, numbered as the `hidden_states` of transformers: 0 the embeddings, n the
+            n-th layer, -1 the last one.
 
-        Returns: hidden_BxLxD, of the compute dtype.
-        Raises: NunerError if there are not as many layers to cut.
+        Returns: hidden_BxLxD, of the compute dtype; of several layers, their vectors one after another.
+        Raises: NunerError if there are not as many layers to cut, or to return.
         """
         if not 0 <= stop_gradient_layers <= len(self.layers):
             raise NunerError(
                 f"{stop_gradient_layers} layers to freeze, but the encoder has {len(self.layers)}: "
                 f"choose 0 to {len(self.layers)}"
             )
+        self.check_layers(layers)
         if positions_BxL is None:
             positions_BxL = positions_from_segments(segments_BxL)
         mask_Bx1xLxL = segments_BxL[:, None, :, None] == segments_BxL[:, None, None, :]
 
         x_BxLxD = self.embeddings(tokens_BxL, positions_BxL)
-        x_BxLxD = self._place(_dropout(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0)))
+        x_BxLxD = self.place(dropped(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0)))
+        hidden = [x_BxLxD]
         for number, layer in enumerate(self.layers, start=1):
-            x_BxLxD = self._place(layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number)))
+            x_BxLxD = self.place(layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number)))
             if number == stop_gradient_layers:
                 x_BxLxD = jax.lax.stop_gradient(x_BxLxD)
-        return x_BxLxD
+            hidden.append(x_BxLxD)
+        return jnp.concatenate([hidden[layer] for layer in layers], axis=-1)
 
-    def _place(self, x_BxLxD: jax.Array) -> jax.Array:
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises NunerError that names a hidden layer that is not there."""
+        count = len(self.layers)
+        if missing := [layer for layer in layers if not -count - 1 <= layer <= count]:
+            raise NunerError(
+                f"hidden layer {missing[0]}, but the encoder has {count} layers: choose 0 (the embeddings) to {count}, "
+                f"or -1 (the last) to {-count - 1}"
+            )
+
+    def place(self, x_BxLxD: jax.Array) -> jax.Array:
+        """The same vectors, or others of as many rows, where `activations` wants them."""
         return x_BxLxD if self.activations is None else jax.lax.with_sharding_constraint(x_BxLxD, self.activations)
 
 
@@ -219,7 +237,8 @@ def _fold_in(key: jax.Array | None, number: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout: each value is 0 at this rate, and the others make up for it; without a key, nothing happens."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

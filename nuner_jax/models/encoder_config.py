@@ -11,14 +11,15 @@ from nuner_jax.errors import NunerError
 
 class _Family(NamedTuple):
     architecture: str  # The class of `transformers` that holds the bare encoder.
+    base_name: str  # What its classes with a head call the encoder.
     positions_after_padding: bool  # Does row pad_token_id + 1 of the table hold position 0?
     pad_token_id: int  # What `transformers` assumes where config.json does not say.
 
 
 _FAMILIES = {
-    "bert": _Family("BertModel", positions_after_padding=False, pad_token_id=0),
-    "roberta": _Family("RobertaModel", positions_after_padding=True, pad_token_id=1),
-    "xlm-roberta": _Family("XLMRobertaModel", positions_after_padding=True, pad_token_id=1),
+    "bert": _Family("BertModel", "bert", positions_after_padding=False, pad_token_id=0),
+    "roberta": _Family("RobertaModel", "roberta", positions_after_padding=True, pad_token_id=1),
+    "xlm-roberta": _Family("XLMRobertaModel", "roberta", positions_after_padding=True, pad_token_id=1),
 }
 
 # Our field -> its name in config.json, where the value is the same on both sides.
@@ -96,6 +97,11 @@ class EncoderConfig:
     def max_length(self) -> int:
         """The longest segment in tokens, special tokens included."""
         return self.max_positions - self.position_offset
+
+    @property
+    def base_name(self) -> str:
+        """What stands before the encoder's weights in a Hugging Face model with a head."""
+        return _FAMILIES[self.model_type].base_name
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> EncoderConfig:

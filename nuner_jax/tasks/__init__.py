@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax.errors import NunerError
-from nuner_jax.tasks.protocol import Task
+from nuner_jax.tasks.protocol import Evaluator, Task
 
 
 def make_task(config: ConfigDict, mesh: Mesh, say: Callable[[str], None] = lambda line: None) -> Task:
@@ -20,17 +20,14 @@ def make_task(config: ConfigDict, mesh: Mesh, say: Callable[[str], None] = lambd
       NunerError: an unknown task, or anything wrong with its data, weights or sizes.
     """
     from nuner_jax.tasks.pretrain import Pretrain
+    from nuner_jax.tasks.tagging import Tagging
 
-    tasks = {"pretrain": Pretrain}
+    tasks = {"pretrain": Pretrain, "finetune": Tagging}
     if config.task not in tasks:
         raise NunerError(f"config.task: unknown {config.task!r}; choose one of {', '.join(tasks)}")
     return tasks[config.task](config, mesh, say)
 
 
-def run_evaluators(task: Task, params: dict) -> dict[str, float]:
-    """All evaluations of a task: "evaluator/metric" -> value."""
-    return {
-        f"{name}/{metric}": value
-        for name, evaluator in task.evaluators().items()
-        for metric, value in evaluator(params)
-    }
+def run_evaluators(evaluators: Mapping[str, Evaluator], params: dict) -> dict[str, float]:
+    """All of these evaluations: "evaluator/metric" -> value."""
+    return {f"{name}/{metric}": value for name, evaluator in evaluators.items() for metric, value in evaluator(params)}

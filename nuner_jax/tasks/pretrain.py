@@ -22,12 +22,12 @@ from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
 from nuner_jax.tasks import retrieval
 from nuner_jax.tasks.corpora import open_corpora
-from nuner_jax.tasks.protocol import Evaluator
+from nuner_jax.tasks.protocol import Evaluator, Task
 
 _CONCEPT_ROWS = 256  # concept names encoded at once in evaluation; a multiple of it where the mesh needs more
 
 
-class Pretrain:
+class Pretrain(Task):
     """The two towers, the contrastive loss, packed batches, and evaluation by loss and retrieval."""
 
     counts = ("sequences", "tokens", "concepts", "concept_tokens")
@@ -275,11 +275,7 @@ class Pretrain:
 
     def save_assets(self, workdir: Path) -> None:
         """The tokenizer."""
-        self.tokenizer.model_max_length = self.text_config.max_length  # who truncates by it stays inside the model
-        try:
-            self.tokenizer.save_pretrained(str(workdir / "tokenizer"))
-        except Exception as error:  # the Rust side raises no OSError for a full disk
-            raise NunerError(f"cannot write the tokenizer to {workdir}: {error}") from error
+        pretrained.save_tokenizer(self.tokenizer, self.text_config, workdir / "tokenizer")
 
     def export_info(self) -> dict:
         """Sizes of the towers, pooling, and the fingerprint of the training data."""

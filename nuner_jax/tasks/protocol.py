@@ -31,6 +31,9 @@ class Task(Protocol):
     batch_rows: dict[str, int]
     """Rows of the whole batch, for each of its arrays."""
 
+    patience: int | None = None
+    """Steps after the best checkpoint at which training ends early, if none is better; None: it never does."""
+
     def init_params(self, key: jax.Array) -> dict:
         """Random parameters (nested dict of float32 arrays); traced under `jit` and `eval_shape`."""
 
@@ -39,6 +42,10 @@ class Task(Protocol):
 
     def is_frozen(self, path: str) -> bool:
         """Whether the parameter of this "/"-joined path is left as it is."""
+
+    def learning_rate_share(self, path: str) -> float:
+        """The share of the learning rate that the parameter of this "/"-joined path has."""
+        return 1.0
 
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Sums over one micro-batch: `loss` (differentiated), `weight` (its divisor) and whatever `metrics` needs."""
@@ -50,7 +57,11 @@ class Task(Protocol):
         """The batch of this step, arrays [A, rows, ...]: this process's rows of each."""
 
     def evaluators(self) -> dict[str, Evaluator]:
-        """The evaluations to run, by name."""
+        """The evaluations to run while training, by name."""
+
+    def final_evaluators(self) -> dict[str, Evaluator]:
+        """Those to run once, on the best checkpoint, when training has ended: nothing is chosen by them."""
+        return {}
 
     def describe(self) -> Iterable[str]:
         """Lines for the log that tell what data and model this is."""

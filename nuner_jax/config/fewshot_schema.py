@@ -1,0 +1,87 @@
+"""The schema of few-shot evaluation: every key, its default, its unit and the reason for it."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict, config_dict
+
+from nuner_jax.errors import NunerError
+
+CHOICES = {
+    "rule": ("k~2k", "kw"),
+    "layers": ("last", "two"),
+    "dtype": ("float32", "bfloat16"),
+    "features": ("memory", "file"),
+}
+AT_LEAST = {
+    "seed": 0,
+    "seeds": 1,
+    "head.width": 1,
+    "head.steps": 1,
+    "head.lr": 0.0,
+    "head.weight_decay": 0.0,
+    "head.batch": 1,
+    "eval.max_sentences": 1,
+}
+AT_MOST = {"head.balance": 1.0}
+"""Upper bounds of values that are at least 0."""
+FREE_KEYS = ("sets.", "encoders.")
+HEADS = ("linear", "mlp")
+
+
+def check(config: ConfigDict) -> None:
+    """What no bound on a single key can say.
+
+    Raises:
+      NunerError: naming the key and what it needs.
+    """
+    named = {"sets": config.sets, "encoders": config.encoders, "k": config.k, "head.kinds": config.head.kinds}
+    for key, value in named.items():
+        if not value:
+            raise NunerError(f"config.{key} is empty: name at least one")
+    for name, given in config.sets.items():
+        if not isinstance(given, ConfigDict):
+            raise NunerError(f"config.sets.{name} = {given!r}: give the keys of a data set, such as {{'path': FOLDER}}")
+    for name, path in config.encoders.items():
+        if not isinstance(path, str) or not path:
+            raise NunerError(f"config.encoders.{name} = {path!r}: a folder, a name on the hub, or a workdir")
+    if any(type(k) is not int or k < 1 for k in config.k) or len(set(config.k)) < len(config.k):
+        raise NunerError(f"config.k = {tuple(config.k)}: different whole numbers, at least 1")
+    if unknown := [kind for kind in config.head.kinds if kind not in HEADS]:
+        raise NunerError(f"config.head.kinds: no head {unknown[0]!r}; there are {' and '.join(HEADS)}")
+    if config.baseline is not None and config.baseline not in config.encoders:
+        raise NunerError(
+            f"config.baseline = {config.baseline!r}: not among config.encoders, {', '.join(config.encoders)}"
+        )
+
+
+def fewshot() -> ConfigDict:
+    """Few-shot transfer of frozen encoders; see `configs/fewshot.py`."""
+    return ConfigDict(
+        {
+            "task": "fewshot",
+            "sets": {},  # name -> keys of a data set (`SetSpec` in nuner_jax/fewshot/set_spec.py); {}: a known one
+            "encoders": {},  # name -> Hugging Face folder or hub name, or workdir or checkpoint of pre-training
+            "baseline": config_dict.placeholder(str),  # encoder that the others are compared with, in pairs; None: none
+            "k": (1, 4, 16, 64),  # mentions (rule kw: words) of each type to learn from
+            "seeds": 10,  # samples, each with a head of its own, of every set and k
+            "seed": 0,  # the first of them; the others follow
+            "rule": "k~2k",  # k to 2k mentions of each type (paper); or "kw": words
+            "layers": "last",  # hidden states of a word's vector: "last", or "two" (paper): and that above the frozen
+            "dtype": "float32",  # of the encoders' computation; on accelerators "bfloat16" is faster
+            "features": "memory",  # where the words' vectors are kept: "memory", or a mapped "file" in the workdir
+            "head": {
+                "kinds": ("mlp",),  # "mlp" (two layers; paper, for kw), "linear", or both
+                "width": 256,  # of the layer between the two
+                "steps": 150,  # updates; the rate falls along a cosine
+                "lr": 1e-3,  # peak learning rate of AdamW
+                "weight_decay": 0.01,
+                "batch": 512,  # words per update; a smaller support is one batch
+                "balance": 0.5,  # a word of a class of n words weighs n ** -balance: 0 all words alike, 1 all classes
+            },
+            "eval": {
+                "max_sentences": config_dict.placeholder(int),  # of a test split, drawn at random; None: all of it
+                "include_other": False,  # whether "outside" is averaged as one more type in token macro F1
+            },
+            "cache_dir": "~/.cache/nuner_jax",  # compiled programs
+        }
+    ).lock()

@@ -1,0 +1,236 @@
+"""Data sets of named entities with stated splits.
+
+A set is given by its files, by a folder, by `hf:` names, or by a name of named_sets.py; `SetSpec` says how. Nothing
+is silent: a missing test split is an error, what had to be repaired is counted with its places, and the report says
+what every split holds and how the splits overlap. A text without entities stays: it shows what is outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nuner_jax.data.importers.formats import ParsedRow, detect_row_format
+from nuner_jax.data.importers.report import Tally, kind_lines
+from nuner_jax.data.importers.rows import MalformedRow, first_line, read_rows, suffix
+from nuner_jax.data.importers.stream import read_file
+from nuner_jax.data.records import Record
+from nuner_jax.errors import NunerError
+from nuner_jax.fewshot.set_report import contents, overlaps, report_table
+from nuner_jax.fewshot.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
+from nuner_jax.fewshot.tagged_files import TagLayout, read_columns, read_tokens
+from nuner_jax.fewshot.words import flat, label_words, word_spans
+
+__all__ = ["FORMATS", "SetSpec", "TaggedSet", "label_words", "load", "report_table", "word_spans"]
+
+_JOINED = ("conll", "tokens", "gliner")  # their texts are words joined by one space each
+_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_HASH_SPACE = 2**64
+
+Rows = Iterable[tuple[int, ParsedRow | MalformedRow]]
+
+
+@dataclass(frozen=True)
+class TaggedSet:
+    """A data set; the mentions of a text do not overlap.
+
+    types: those of all splits, sorted. split_on_space: how texts divide into words, for `word_spans`.
+    fingerprint: sha256 over the records of all splits and how they divide. report: JSON data; see `report_table`.
+    """
+
+    name: str
+    train: tuple[Record, ...]
+    test: tuple[Record, ...]
+    dev: tuple[Record, ...]
+    types: tuple[str, ...]
+    split_on_space: bool
+    fingerprint: str
+    report: dict[str, Any]
+
+
+def load(given: Mapping[str, Any]) -> TaggedSet:
+    """Loads a data set.
+
+    Args:
+      given: keys of `SetSpec`, at least `name`.
+
+    Raises:
+      NunerError: a key or value is unknown; a file is missing, unreadable, not UTF-8, malformed, or has invalid tags
+        that are to be refused; there is no test split, or it has nothing that train lacks; a split is empty.
+    """
+    spec = resolve(given)
+    layout = tag_layout(spec)
+    read = {split: _SplitReader(spec, layout).read(paths) for split, paths in split_files(spec).items() if paths}
+    split_on_space = _split_on_space(spec, {name for one in read.values() for name in one.formats})
+    records = {split: tuple(read[split].records) if split in read else () for split in SPLITS}
+    if shares := spec.shares():
+        records |= _shared_out(records["train"], shares)
+    _check_splits(spec, records)
+    fingerprint = _fingerprint(records, split_on_space)
+    return TaggedSet(
+        name=spec.name,
+        **records,
+        types=tuple(sorted({one.concept for part in records.values() for record in part for one in record.entities})),
+        split_on_space=split_on_space,
+        fingerprint=fingerprint,
+        report={
+            "name": spec.name,
+            "version": spec.version,
+            "fingerprint": fingerprint,
+            "words": "space" if split_on_space else "text",
+            "shares": shares,
+            "files": {split: one.report() for split, one in read.items()},
+            "splits": {split: contents(part, split_on_space) for split, part in records.items() if part},
+            **overlaps(records),
+        },
+    )
+
+
+class _SplitReader:
+    """Reads the files of one split, and counts what happens on the way."""
+
+    def __init__(self, spec: SetSpec, layout: TagLayout):
+        self.spec, self.layout = spec, layout
+        self.records: list[Record] = []
+        self.formats: dict[str, None] = {}  # in order
+        self.schemes: dict[str, None] = {}
+        self.paths: list[str] = []
+        self.repaired, self.malformed, self.bad_annotations = Tally(), Tally(), Tally()
+        self.empty = self.overlapping = 0
+
+    def read(self, paths: Sequence[Path]) -> _SplitReader:
+        """Reads the files in order; raises `NunerError`, after the last one, for what the spec refuses."""
+        for path in paths:
+            self.paths.append(str(path))
+            for number, row in self._rows(path):
+                self._add(row, f"{path.name}:{number}")
+        self._refuse()
+        return self
+
+    def report(self) -> dict[str, Any]:
+        """What was read, as JSON data."""
+        return {
+            "paths": self.paths,
+            "formats": list(self.formats),
+            "schemes": list(self.schemes),
+            "repaired_tags": self.repaired.as_dict(),
+            "malformed_rows": self.malformed.as_dict(),
+            "malformed_annotations": self.bad_annotations.as_dict(),
+            "empty_sentences": self.empty,
+            "overlapping_mentions": self.overlapping,
+        }
+
+    def _rows(self, path: Path) -> Rows:
+        name = _format(path) if self.spec.format == "auto" else self.spec.format
+        self.formats[name] = None
+        if name not in ("conll", "tokens"):
+            return read_file(path, name)
+        read_tagged = read_columns if name == "conll" else read_tokens
+        scheme, rows = read_tagged(path, self.layout, self.repaired)
+        self.schemes[scheme] = None
+        return rows
+
+    def _add(self, row: ParsedRow | MalformedRow, place: str) -> None:
+        if not isinstance(row, MalformedRow) and not _is_unicode(row):
+            row = MalformedRow("lone_surrogate")
+        if isinstance(row, MalformedRow):
+            self.malformed.add(row.kind, place)
+            return
+        for kind in row.malformed:
+            self.bad_annotations.add(kind, place)
+        if not row.text.strip():
+            self.empty += 1
+            return
+        record = flat(Record(row.text, row.entities))
+        self.overlapping += len(row.entities) - len(record.entities)
+        self.records.append(record)
+
+    def _refuse(self) -> None:
+        for tally, what, key, instead in (
+            (self.repaired, "tags", "invalid_tags", "repair"),
+            (self.malformed, "rows", "malformed", "skip"),
+            (self.bad_annotations, "annotations", "malformed", "skip"),
+        ):
+            if tally.total() and getattr(self.spec, key) == "refuse":
+                raise NunerError(
+                    f"{', '.join(self.paths)}: {what} that are not valid ({', '.join([*self.formats, *self.schemes])}):"
+                    f" {'; '.join(kind_lines(tally.as_dict(), places=5))}."
+                    f' Correct them, or set {self.spec.key(key)} = "{instead}"'
+                )
+
+
+def _format(path: Path) -> str:
+    """The format of a file, from its extension and its first readable row."""
+    if suffix(path) not in _ROW_SUFFIXES and not first_line(path).startswith(('{"', "[{")):
+        return "conll"
+    for number, row in read_rows(path):
+        if isinstance(row, MalformedRow):
+            continue
+        name = detect_row_format(row) or ("tokens" if "tokens" in row else None)
+        if name in FORMATS:
+            return name
+        raise NunerError(
+            f"{path}:{number}: a row with the keys {', '.join(map(repr, row))} does not say where each mention stands;"
+            f" the formats that do are {', '.join(FORMATS)}"
+        )
+    raise NunerError(f"{path}: has no readable row")
+
+
+def _is_unicode(row: ParsedRow) -> bool:
+    """Whether all of it can be given to a tokenizer; JSON escapes can spell half a character."""
+    try:
+        "".join([row.text, *(one.concept for one in row.entities)]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _split_on_space(spec: SetSpec, formats: set[str]) -> bool:
+    if spec.words != "auto":
+        return spec.words == "space"
+    joined = {name in _JOINED for name in formats}
+    if len(joined) > 1:
+        raise NunerError(
+            f"{spec.key('words')} is not set, and the files differ ({', '.join(sorted(formats))}):"
+            ' choose "space" if all texts are words joined by spaces, or "text"'
+        )
+    return joined.pop()
+
+
+def _shared_out(records: Sequence[Record], shares: Mapping[str, float]) -> dict[str, tuple[Record, ...]]:
+    """The splits of one file, by the hash of each text: the same text is never in two of them."""
+    parts: dict[str, list[Record]] = {"train": [], **{split: [] for split in shares}}
+    for record in records:
+        digest = hashlib.blake2b(record.text.encode(), digest_size=8).digest()
+        place = int.from_bytes(digest) / _HASH_SPACE
+        for split, share in shares.items():
+            if place < share:
+                parts[split].append(record)
+                break
+            place -= share
+        else:
+            parts["train"].append(record)
+    return {split: tuple(part) for split, part in parts.items()}
+
+
+def _check_splits(spec: SetSpec, records: Mapping[str, Sequence[Record]]) -> None:
+    for split, part in records.items():
+        stated = getattr(spec, split)
+        if stated and not part:
+            raise NunerError(f"{spec.key(split)} = {stated!r}: the {split} split has no sentence")
+        if stated and not any(record.entities for record in part):
+            raise NunerError(f"{spec.key(split)} = {stated!r}: no sentence of the {split} split has an entity")
+    if {record.text for record in records["test"]} <= {record.text for record in records["train"]}:
+        raise NunerError(f"{spec.key('test')} = {spec.test!r}: every sentence of it is in the train split too")
+
+
+def _fingerprint(records: Mapping[str, Sequence[Record]], split_on_space: bool) -> str:
+    digest = hashlib.sha256(str(split_on_space).encode())
+    for split, part in records.items():
+        rows = [[record.text, [[one.start, one.end, one.concept] for one in record.entities]] for record in part]
+        digest.update(json.dumps([split, rows]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""The few-shot command: from files to tables; the same samples for all; nothing computed is lost."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nuner_jax import config as config_lib
+from nuner_jax import pretrained
+from nuner_jax.errors import NunerError
+from nuner_jax.fewshot import run
+from nuner_jax.fewshot.results import read_rows
+from nuner_jax.models.encoder import Encoder, EncoderConfig
+from nuner_jax.models.params import split
+
+CITIES = ["Roscoff", "Brest", "Zagreb", "Lima", "Osaka", "Accra", "Turin", "Quito"]
+PEOPLE = ["Ann", "Bob", "Zeytoun", "Malcolm", "Ines", "Otto", "Lena", "Juri"]
+FRAMES = ["{p} sails to {c} .", "In {c} , {p} and {q} met .", "Nobody knows why it rains .", "{p} left {c} for {d} ."]
+
+
+def sentences(count, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        (p, q), (c, d) = rng.choice(PEOPLE, 2, replace=False), rng.choice(CITIES, 2, replace=False)
+        yield rng.choice(FRAMES).format(p=p, q=q, c=c, d=d)
+
+
+def write_conll(path, count, seed):
+    tag = dict.fromkeys(CITIES, "B-city") | dict.fromkeys(PEOPLE, "B-person")
+    lines = ["".join(f"{word}\t{tag.get(word, 'O')}\n" for word in text.split()) for text in sentences(count, seed)]
+    path.write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with two random encoders, `one` and `two`, and two data sets, `voyages` and `notes`."""
+    folder = tmp_path_factory.mktemp("fewshot")
+    config = EncoderConfig(
+        model_type="roberta",
+        vocab_size=8192,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=48,
+        max_positions=66,
+        position_offset=2,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    tokenizer = pretrained.load_tokenizer(pretrained.resolve(config_lib.SAMPLE_TOKENIZER))
+    for seed, name in enumerate(("one", "two")):
+        params = split(Encoder(config, dtype=jnp.float32, rngs=nnx.Rngs(seed)))[1]
+        # The initial deviation of 0.02 makes all vectors alike.
+        pretrained.save_encoder(folder / name, config, jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params))
+        tokenizer.save_pretrained(str(folder / name))
+    for seed, name in enumerate(("voyages", "notes")):
+        (folder / name).mkdir()
+        write_conll(folder / name / "train.txt", 60, seed)
+        write_conll(folder / name / "test.txt", 40, 10 + seed)
+    return folder
+
+
+@pytest.fixture
+def config(material):
+    config = config_lib.load_file("configs/fewshot.py:x")
+    config.encoders = {name: str(material / name) for name in ("one", "two")}
+    config.baseline = "two"
+    config.sets = {name: {"path": str(material / name)} for name in ("voyages", "notes")}
+    config.k, config.seeds = (2, 4), 3
+    config.head.steps, config.head.width, config.head.lr = 40, 16, 0.02
+    return config
+
+
+@pytest.fixture
+def console():
+    lines = []
+    return types.SimpleNamespace(say=lambda line="": lines.append(line), progress=lambda *_, **__: None, lines=lines)
+
+
+def evaluate(config, workdir, console):
+    config_lib.check(config, tasks=("fewshot",))
+    return run.fewshot(config, workdir, console)
+
+
+def without_time(rows):
+    return sorted(json.dumps({**row, "seconds": 0}, sort_keys=True) for row in rows)
+
+
+def test_a_run_gives_a_row_for_every_head_and_all_outputs(config, tmp_path, console):
+    results = evaluate(config, tmp_path, console)
+    rows = results.rows
+    assert len(rows) == 2 * 2 * 2 * 3 and not results.missing
+    assert results.grid.encoders == ("two", "one")  # the baseline first
+    # Names are words of their own here, so even a random encoder tells them once it has seen them.
+    best = [row for row in rows if row["k"] == 4]
+    assert np.mean([row["token_macro_f1"] for row in best]) > 0.6
+    assert np.mean([row["entity_f1"] for row in best]) > 0.5
+    for row in rows:
+        assert set(row["per_type"]) == {"city", "person"}
+        assert row["token_macro_f1"] == pytest.approx(np.mean([one["f1"] for one in row["per_type"].values()]))
+    for name in ("results.md", "results.csv", "results.json", "results.html", "token_macro_f1.png", "config.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "Worst errors: one, k = 4" in (tmp_path / "results.html").read_text()
+    printed = "\n".join(console.lines)
+    assert "… minus two" in printed and "about 0 s left" in printed
+
+
+def test_every_encoder_learns_from_the_same_stored_sentences(config, tmp_path, console, material):
+    rows = evaluate(config, tmp_path, console).rows
+    stored = json.loads((tmp_path / "samples.json").read_text())
+    for name in ("voyages", "notes"):
+        texts = (material / name / "train.txt").read_text().split("\n\n")
+        for k in (2, 4):
+            for seed in (0, 1, 2):
+                sample = stored[name][str(k)][str(seed)]
+                tags = "".join(texts[number] + "\n" for number in sample["ids"])
+                assert sample["reached"] == {type: tags.count(f"B-{type}") for type in ("city", "person")}
+                assert all(k <= count <= 2 * k for count in sample["reached"].values())
+                mine = [row for row in rows if (row["set"], row["k"], row["seed"]) == (name, k, seed)]
+                assert [row["sample_hash"] for row in mine] == [sample["hash"]] * 2
+                assert [row["sentences"] for row in mine] == [len(sample["ids"])] * 2
+
+
+def test_a_second_start_computes_only_what_is_missing(config, tmp_path, console, monkeypatch):
+    first = evaluate(config, tmp_path, console).rows
+    encoded = []
+    real = run.word_features
+    monkeypatch.setattr(run, "word_features", lambda *a, **k: encoded.append(a[0].folder.name) or real(*a, **k))
+    assert without_time(evaluate(config, tmp_path, console).rows) == without_time(first)
+    assert not encoded
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["encoder"] == "two" or json.loads(line)["seed"] == 1]
+    path.write_text("".join(kept) + lines[0][:50])  # killed in the midst of a line
+    again = evaluate(config, tmp_path, console)
+    assert without_time(again.rows) == without_time(first) == without_time(read_rows(path))
+    assert set(encoded) == {"one"}
+    config.k, config.seeds = (2, 4, 8), 4
+    grown = evaluate(config, tmp_path, console).rows
+    assert len(grown) == 2 * 2 * 3 * 4 and set(without_time(first)) <= set(without_time(grown))
+
+
+def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
+    evaluate(config, tmp_path, console)
+    config.head.lr = 0.01
+    with pytest.raises(NunerError, match="results.jsonl holds results of two on notes with other .* settings"):
+        evaluate(config, tmp_path, console)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoders.one": "nowhere"}, "no model 'nowhere'"),
+        ({"sets.notes.path": "nowhere"}, r"config.sets.notes.path = nowhere"),
+        ({"sets.notes.pth": "x"}, r"config.sets.notes.pth: no such key; did you mean path"),
+        ({"sets": {}}, "config.sets is empty"),
+        ({"sets": {"notes": "train.txt"}}, "config.sets.notes = 'train.txt'"),
+        ({"encoders": {}}, "config.encoders is empty"),
+        ({"baseline": "three"}, "config.baseline = 'three': not among config.encoders, one, two"),
+        ({"k": (4, 0)}, "config.k"),
+        ({"k": (4, 4)}, "config.k"),
+        ({"k": ()}, "config.k is empty"),
+        ({"head.kinds": ("tree",)}, "config.head.kinds: no head 'tree'"),
+        ({"rule": "n"}, "config.rule = 'n': choose one of"),
+        ({"seeds": 0}, "config.seeds = 0: at least 1"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_computed(config, tmp_path, console, monkeypatch, change, message):
+    monkeypatch.setattr(run, "word_features", lambda *_, **__: pytest.fail("it was computed"))
+    with config.unlocked():
+        config.update_from_flattened_dict({key: value for key, value in change.items() if not isinstance(value, dict)})
+        for key, value in change.items():
+            if isinstance(value, dict):
+                config[key] = value
+    with pytest.raises(NunerError, match=message):
+        evaluate(config, tmp_path, console)
+
+
+def test_heads_layers_and_limits_of_the_config_take_effect(config, tmp_path, console, material):
+    config.head.kinds, config.layers, config.features = ("linear", "mlp"), "two", "file"
+    config.eval.max_sentences, config.k, config.seeds = 15, (40,), 2
+    del config.sets["notes"]
+    results = evaluate(config, tmp_path, console)
+    assert {(row["encoder"], row["head"]) for row in results.rows} == {
+        (encoder, head) for encoder in ("one", "two") for head in ("linear", "mlp")
+    }
+    test = (material / "voyages" / "test.txt").read_text()
+    support = sum(one["support"] for one in results.rows[0]["per_type"].values())
+    assert 0 < support < test.count("B-")
+    assert np.load(tmp_path / "features" / "query.npy", mmap_mode="r").shape[1] == 2 * 32
+    notes = (tmp_path / "results.md").read_text()
+    assert "scored on 15 of the 40 sentences" in notes
+    assert "k = 40 is more than the pool has" in notes
+
+
+def test_the_command_tells_a_mistake_in_one_line(run_python, tmp_path):
+    done = run_python(
+        "-m", "nuner_jax.fewshot", "--config=configs/fewshot.py:nowhere", f"--workdir={tmp_path}", check=False
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: no model 'nowhere'")
+    done = run_python("-m", "nuner_jax.fewshot", "--config=configs/quickstart.py", check=False)
+    assert done.returncode == 2 and "this command takes a config of fewshot" in done.stderr

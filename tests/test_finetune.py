@@ -1,0 +1,288 @@
+"""Fine-tuning as its users meet it: the one loop, on another task."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from nuner_jax import checkpoint, evaluate, export, optim, sharding
+from nuner_jax import config as config_lib
+from nuner_jax.errors import NunerError
+from nuner_jax.fewshot import features, heads
+from nuner_jax.models.params import flatten
+from nuner_jax.tasks import make_task
+from nuner_jax.train import train
+from nuner_jax.writers import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def tiny(**changes):
+    """The test config, with these changes."""
+    config = config_lib.load_file(f"{ROOT}/tests/configs/tagger.py")
+    config.update_from_flattened_dict(changes)
+    config_lib.check(config, tasks=("finetune",))
+    return config
+
+
+def last_step(workdir):
+    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def leaves(workdir, name="params"):
+    tree = checkpoint.load_params(workdir / "checkpoints" / str(last_step(workdir)), name=name)
+    return {path: np.asarray(leaf) for path, leaf in sharding.tree_paths(tree).items()}
+
+
+def final_params(task, workdir):
+    """Of the last step, placed as the task's programs take them."""
+    abstract = sharding.with_shardings(sharding.make_mesh(), jax.eval_shape(task.init_params, jax.random.key(0)), ())
+    return checkpoint.load_params(workdir / "checkpoints" / str(last_step(workdir)), abstract)
+
+
+def curve(workdir):
+    return [line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, train(tiny(), workdir)
+
+
+@pytest.fixture(scope="module")
+def pretrained_run(rows_file, tmp_path_factory):
+    """A run of pre-training of three steps, with its export."""
+    workdir = tmp_path_factory.mktemp("pretrained")
+    config = config_lib.load_file(f"{ROOT}/tests/configs/tiny.py:{rows_file}")
+    config.data.cache_dir = str(rows_file.parent / "cache")
+    config.steps, config.export = 3, True
+    train(config, workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("head", [("linear", "io"), ("mlp", "bilou")], ids="-".join)
+def test_a_random_encoder_learns_the_first_rows(tmp_path, head):
+    changes = {"head.kind": head[0], "head.scheme": head[1], "head.dropout": 0.0, "model.dropout": 0.0}
+    train(tiny(steps=60, lr=5e-3, **changes, **{"eval.every": 60, "checkpoint.every": 60}), tmp_path)
+    losses = curve(tmp_path)
+    assert losses[0] > 2 and losses[-1] < 0.02
+    assert [line["train/accuracy"] for line in read_metrics(tmp_path) if "train/accuracy" in line][-1] == 1.0
+
+
+def test_the_test_split_is_measured_once_at_the_end_and_chooses_nothing(undisturbed):
+    workdir, metrics = undisturbed
+    lines = read_metrics(workdir)
+    assert not any(name.startswith("test/") for line in lines for name in line)
+    evaluations = [line for line in lines if "dev/entity_f1" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 6]
+    result = json.loads((workdir / "result.json").read_text())
+    best = max(evaluations[1:], key=lambda line: line["dev/entity_f1"])  # of equals the first
+    assert result["step"] == best["step"]
+    assert result["metrics"] == metrics and 0 < metrics["test/loss"] < 4
+    measured = evaluate.evaluate(str(workdir))
+    assert measured["step"] == best["step"]
+    for name, value in metrics.items():
+        assert measured[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_a_resumed_run_is_bit_identical(undisturbed, tmp_path):
+    train(tiny(steps=4), tmp_path)
+    train(tiny(), tmp_path)
+    for name in ("params", "opt_state"):
+        expected, actual = leaves(undisturbed[0], name), leaves(tmp_path, name)
+        assert expected.keys() == actual.keys()
+        for path in expected:
+            np.testing.assert_array_equal(actual[path], expected[path], err_msg=path)
+    assert curve(tmp_path) == curve(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_one_device_and_other_meshes_give_the_same_run(undisturbed, tmp_path, run_python):
+    train(tiny(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path / "mesh")
+    one = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = ["-m", "nuner_jax.train", "--config=tests/configs/tagger.py", f"--workdir={tmp_path}/one"]
+    assert "devices: 1 x cpu" in run_python(*command, env=one).stdout
+    for workdir in (tmp_path / "mesh", tmp_path / "one"):
+        np.testing.assert_allclose(curve(workdir), curve(undisturbed[0]), rtol=1e-4)
+        for path, leaf in leaves(undisturbed[0]).items():
+            np.testing.assert_allclose(leaves(workdir)[path], leaf, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("frozen_layers", [1, -1])
+def test_frozen_leaves_stay_bit_identical_and_take_no_memory(tmp_path, frozen_layers):
+    config = tiny(**{"model.frozen_layers": frozen_layers, "head.standardise": True})
+    train(config, tmp_path)
+    task = make_task(config, sharding.make_mesh())
+    initial = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(task.init_params)(jax.random.key(0))).items()}
+    bottom = ("text/embeddings/", "text/layers/0/", "head/standard/")
+    frozen = {path for path in initial if path.startswith(bottom if frozen_layers == 1 else ("text/", bottom[-1]))}
+    final, memory = leaves(tmp_path), leaves(tmp_path, "opt_state")
+    assert len(frozen) > 10 and initial.keys() - frozen
+    for path, leaf in initial.items():
+        assert np.array_equal(final[path], leaf) == (path in frozen), path
+        assert any(name.endswith(f"mu/{path}") for name in memory) == (path not in frozen), path
+
+
+def test_layer_wise_decay_scales_the_updates():
+    task = make_task(tiny(**{"optim.layer_decay": 0.5, "optim.head_factor": 3.0}), sharding.make_mesh())
+    options = {"b1": 0.9, "b2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
+    params = flatten(jax.jit(task.init_params)(jax.random.key(0)))
+    gradients = jax.tree.map(np.ones_like, params)
+
+    def updates(**more):
+        optimizer = optim.make_optimizer(lambda step: 0.1, **options, **more)
+        return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+
+    plain, scaled = updates(), updates(share=task.learning_rate_share)
+    for start, share in {
+        "text/embeddings/": 0.125,
+        "text/layers/0/": 0.25,
+        "text/layers/1/": 0.5,
+        "head/": 3.0,
+    }.items():
+        for path in (path for path in params if path.startswith(start)):
+            np.testing.assert_allclose(scaled[path], share * np.asarray(plain[path]), rtol=1e-6, err_msg=path)
+
+
+def test_training_ends_when_patience_does_and_is_then_over(tmp_path, capsys):
+    changes = {"steps": 40, "lr": 0.0, "eval.patience": 2}
+    train(tiny(**changes), tmp_path)
+    assert "no better dev/entity_f1 since step 2: training ends at step 6" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["step"] == 2
+    assert len(curve(tmp_path)) == 6
+    train(tiny(**changes), tmp_path)
+    assert len(curve(tmp_path)) == 6 and max(line["step"] for line in read_metrics(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("source", ["workdir", "export"])
+def test_it_starts_from_a_run_of_pre_training_or_its_export(pretrained_run, tmp_path, source):
+    name = str(pretrained_run / ("export" if source == "export" else ""))
+    config = tiny(**{"model.init": "pretrained", "model.text": name, "steps": 0})
+    config.model.tokenizer = None
+    train(config, tmp_path)
+    final = leaves(tmp_path)
+    expected = flatten(checkpoint.load_params(checkpoint.resolve(str(pretrained_run)))["text"])
+    assert {path for path in final if path.startswith("text/")} == {f"text/{path}" for path in expected}
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(final[f"text/{path}"], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_heads_of_the_fast_path_are_those_of_the_loop(pretrained_run, tmp_path, monkeypatch, kind):
+    steps, lr = 12, 5e-3
+    changes = {
+        "model.init": "pretrained",
+        "model.text": str(pretrained_run),
+        "model.frozen_layers": -1,
+        "head.kind": kind,
+        "head.dropout": 0.0,
+        "head.scheme": "io",
+        "head.standardise": True,
+        "head.width": 16,
+        "loss.balance": 0.5,
+        "steps": steps,
+        "lr": lr,
+        "optim.schedule": "cosine",
+        "optim.clip_norm": 1e9,
+        "data.rows": 32,  # the whole support is one batch
+    }
+    config = tiny(**changes)
+    config.model.tokenizer = None
+    task = make_task(config, sharding.make_mesh())
+    split, test = task.splits["train"], task.splits["test"]
+    frozen = features.load_frozen(str(pretrained_run))
+
+    def vectors(split):
+        words = np.split(split.characters_Wx2, split.sentence_offsets_S1[1:-1])
+        return features.word_features(frozen, split.texts, words).features_WxD
+
+    options = heads.HeadOptions(
+        kind=kind, width=16, steps=steps, lr=lr, weight_decay=config.optim.weight_decay, batch=4096, balance=0.5
+    )
+    if kind == "mlp":  # the two draw other random numbers: begin with the same
+        kernel = jax.jit(task.init_params)(jax.random.key(0))["head"]["hidden"]["kernel"]
+        monkeypatch.setattr(
+            heads,
+            "init_layers",
+            lambda seed, inputs, classes, options: (
+                (kernel, np.zeros(16)),
+                (np.zeros((16, classes)), np.zeros(classes)),
+            ),
+        )
+    words = np.arange(split.corpus.num_words)
+    trained = heads.train_heads(
+        vectors(split), split.labels_W, [words], num_types=len(task.types), options=options, seeds=[0]
+    )
+    fast = heads.apply_layers(
+        jax.tree.map(lambda x: x[0], trained.layers), (vectors(test) - trained.mean_HxD[0]) * trained.scale_HxD[0]
+    )
+    train(config, tmp_path)
+    params = final_params(task, tmp_path)
+    np.testing.assert_allclose(task.logits("test", params), fast, atol=1e-4)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("standardise", [False, True])
+def test_transformers_gives_the_same_logits(pretrained_run, tmp_path, standardise):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    changes = {"model.init": "pretrained", "model.text": str(pretrained_run), "head.standardise": standardise}
+    config = tiny(**changes, export=True)
+    config.model.tokenizer = None
+    train(config, tmp_path)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "export").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    config.data.row_length = 128
+    task = make_task(config, sharding.make_mesh())
+    assert model.config.id2label == dict(enumerate(task.scheme.names(task.types)))
+    best = checkpoint.resolve(str(tmp_path))
+    abstract = sharding.with_shardings(sharding.make_mesh(), jax.eval_shape(task.init_params, jax.random.key(0)), ())
+    ours_WxC = task.logits("test", checkpoint.load_params(best, abstract))
+    split = task.splits["test"]
+    for sentence in range(5):
+        first, after = split.sentence_offsets_S1[sentence : sentence + 2]
+        encoded = tokenizer(split.texts[sentence], return_tensors="pt", return_offsets_mapping=True)
+        offsets_Lx2 = encoded.pop("offset_mapping")[0].numpy()
+        with torch.no_grad():
+            theirs_LxC = model(**encoded).logits[0].numpy()
+        for word in range(first, after):
+            place = np.flatnonzero(offsets_Lx2[:, 1] > split.characters_Wx2[word, 0])[0]
+            np.testing.assert_allclose(ours_WxC[word], theirs_LxC[place], atol=2e-5)
+
+
+def test_a_tagger_that_transformers_has_no_class_for_is_refused_before_and_after(tmp_path):
+    with pytest.raises(NunerError, match=r"config\.export: transformers has no class"):
+        tiny(**{"head.kind": "mlp"}, export=True)
+    train(tiny(**{"head.kind": "mlp", "steps": 1}), tmp_path)
+    with pytest.raises(NunerError, match="transformers has no class for this tagger"):
+        export.export(checkpoint.resolve(str(tmp_path)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.sentences": (3, 900)}, r"config\.data\.sentences: there is no sentence 900 among the 162"),
+        ({"data.set.name": "travel_desks"}, r"config\.data\.set\.train is not set.*did you mean travel_desk"),
+        ({"data.set.dev": "nowhere.txt"}, r"nowhere\.txt: no such file, named in config\.data\.set"),
+        ({"data.set.dev": None, "eval.patience": 3}, r"config\.eval\.patience needs a dev split"),
+        ({"data.rows": 12}, r"config\.data\.rows / config\.optim\.accumulate = 12 cannot be split over the 8"),
+        ({"model.tokenizer": None}, r"config\.model\.tokenizer is not set"),
+        ({"model.frozen_layers": 3}, r"config\.model\.frozen_layers: 3 of 2 layers"),
+        ({"model.layers": (-1, 5)}, r"hidden layer 5, but the encoder has 2 layers"),
+    ],
+)
+def test_bad_input_is_named_before_any_training(tmp_path, changes, message):
+    with pytest.raises(NunerError, match=message):
+        train(tiny(**changes), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_patience_needs_a_checkpoint_of_every_evaluation():
+    with pytest.raises(NunerError, match=r"eval\.every \(2\) that is a multiple of checkpoint\.every \(5\)"):
+        tiny(**{"eval.patience": 2, "checkpoint.every": 5})
