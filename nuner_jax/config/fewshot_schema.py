@@ -76,7 +76,7 @@ def fewshot() -> ConfigDict:
                 "lr": 1e-3,  # peak learning rate of AdamW
                 "weight_decay": 0.01,
                 "batch": 512,  # words per update; a smaller support is one batch
-                "balance": 0.5,  # a word of a class of n words weighs n ** -balance: 0 all words alike, 1 all classes
+                "balance": 0.75,  # a word of a class of n words weighs n ** -balance: 0 all words alike, 1 all classes
             },
             "eval": {
                 "max_sentences": config_dict.placeholder(int),  # of a test split, drawn at random; None: all of it
