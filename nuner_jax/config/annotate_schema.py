@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 
 from ml_collections import ConfigDict, config_dict
 
@@ -78,6 +79,12 @@ def check(config: ConfigDict) -> None:
         raise NunerError(f"config.endpoint.extra = {config.endpoint.extra!r}: a JSON object, such as '{{\"seed\": 1}}'")
     if config.endpoint.kind == "replay":
         return
+    address = urllib.parse.urlsplit(config.endpoint.base_url)
+    if address.username or address.password or address.query:  # it is stored, and shown
+        raise NunerError(
+            "config.endpoint.base_url holds a user, a password or a query: put the key into the environment variable "
+            f"{config.endpoint.key_variable or 'that config.endpoint.key_variable names'}, and the bare address here"
+        )
     if not config.endpoint.model:
         raise NunerError("config.endpoint.model is not set: name the model as the endpoint does")
     missing = [key for key in ("input", "output") if config.price[key] is None]

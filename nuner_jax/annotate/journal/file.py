@@ -41,7 +41,8 @@ CREATE UNIQUE INDEX units_in_order ON units (position);
 CREATE INDEX units_pending ON units (position) WHERE state = 'pending' AND position IS NOT NULL;
 
 -- One row per unit and attempt. request: serial of its first row; that row holds the money (picodollars), the
--- tokens and the answer's id of the whole request, and each row the completion of its own unit.
+-- tokens and the answer's id of the whole request, and each row the completion of its own unit. cost: NULL while no
+-- price is known.
 CREATE TABLE attempts (
   serial INTEGER PRIMARY KEY,
   request INTEGER NOT NULL,
@@ -50,7 +51,7 @@ CREATE TABLE attempts (
   attempt INTEGER NOT NULL,
   state TEXT NOT NULL DEFAULT 'asked' CHECK (state IN ('asked', 'done', 'retry', 'failed', 'lost')),
   reserved INTEGER NOT NULL DEFAULT 0,
-  cost INTEGER NOT NULL DEFAULT 0,
+  cost INTEGER DEFAULT 0,
   unsure INTEGER NOT NULL DEFAULT 0,
   prompt_tokens INTEGER NOT NULL DEFAULT 0,
   completion_tokens INTEGER NOT NULL DEFAULT 0,
