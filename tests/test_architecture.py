@@ -74,6 +74,7 @@ LAYERS = {
         "annotate.request.retry",
         "annotate.request.stop",
         "annotate.request.throttle",
+        "annotate.request.work",
         "annotate.selection",
         "annotate.selection.duplicates",
         "annotate.selection.filters",

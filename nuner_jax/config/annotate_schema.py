@@ -14,6 +14,7 @@ CHOICES = {
     "source.unit": ("sentence", "passage", "row"),
     "source.duplicates": ("exact", "near"),
     "endpoint.kind": ("live", "batch", "replay"),
+    "endpoint.max_tokens_key": ("max_completion_tokens", "max_tokens"),
     "align.occurrences": ("every", "first"),
     "align.match": ("tolerant", "exact"),
 }
@@ -77,10 +78,12 @@ def check(config: ConfigDict) -> None:
         extra = None
     if not isinstance(extra, dict):
         raise NunerError(f"config.endpoint.extra = {config.endpoint.extra!r}: a JSON object, such as '{{\"seed\": 1}}'")
+    if taken := sorted({"messages", "model", "stream"} & extra.keys()):
+        raise NunerError(f"config.endpoint.extra: {', '.join(taken)} cannot be set there: other keys decide it")
     if config.endpoint.kind == "replay":
         return
     address = urllib.parse.urlsplit(config.endpoint.base_url)
-    if address.username or address.password or address.query:  # it is stored, and shown
+    if address.username or address.password or address.query or address.fragment:  # it is stored, and shown
         raise NunerError(
             "config.endpoint.base_url holds a user, a password or a query: put the key into the environment variable "
             f"{config.endpoint.key_variable or 'that config.endpoint.key_variable names'}, and the bare address here"
