@@ -83,6 +83,7 @@ def test_one_command_goes_from_text_to_shards_and_a_report(annotated):
     for name in ("index.html", "DATA_CARD.md", "concepts.csv"):
         assert (workdir / "report" / name).stat().st_size > 500
     assert "$" in printed and str(workdir / "report" / "index.html") in printed
+    assert not list(workdir.glob("journal.sqlite-*")), "the journal is one file, which can be copied"
 
 
 def test_the_key_is_nowhere_in_the_folder(annotated):

@@ -300,8 +300,10 @@ def _plain(path: Path, mode: str, more: str = "") -> sqlite3.Connection:
 def _reader(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise NunerError(_NONE_YET.format(path))
-    db = _plain(path, "ro")
+    # Where it may, the connection opens for writing, although it never does: so its end tidies the WAL away.
+    db = _plain(path, "rw" if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else "ro")
     try:
+        db.execute("PRAGMA query_only = ON")
         db.execute("SELECT 1 FROM sqlite_master").fetchone()
         return db
     except sqlite3.OperationalError:
