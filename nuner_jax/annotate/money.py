@@ -188,21 +188,22 @@ class Estimate:
         """For a person; `left` is what the budget still has, in picodollars (None: no limit)."""
         if not self.units:
             return [f"no estimate: none of {self.requests:,} requests brought a unit to its end"]
+        costs = self.known and self.unit_cost > 0  # a server of one's own costs nothing
         tokens = f"{self.prompt_tokens:,.0f} + {self.completion_tokens:,.0f} tokens a unit"
         lines = [f"measured on {_count(self.requests, 'request')} ({_count(self.units, 'unit')}): {tokens}"]
-        if self.known:
+        if costs:
             lines[0] += f", {dollars(self.unit_cost)} a unit{_interval(self._of_unit())}"
         if not self.remaining:
             return lines
         rest = [
             f"{_short(self.prompt_tokens * self.remaining)} + {_short(self.completion_tokens * self.remaining)} tokens"
         ]
-        if self.known:
+        if costs:
             rest.append(f"{dollars(self.total)}{_interval(self.interval)}")
         if self.seconds is not None:
             rest.append(f"about {duration(self.seconds)}")
         lines.append(f"{_count(self.remaining, 'unit')} to go: {', '.join(rest)}")
-        if self.known and left is not None:
+        if costs and left is not None:
             lines.extend(self._of_budget(left))
         return lines
 
