@@ -274,6 +274,7 @@ def test_the_lines_of_a_bracket_say_whether_the_budget_suffices():
     assert plan.lines(cap=plan.high // 2)[-1].endswith("may end before the units do, after 50 requests at the earliest")
     assert plan.lines(cap=plan.low - 1)[-1].endswith("will end before the units do")
     assert "not known" in bracket([request("x")], 10, priced()).lines(cap=0)[-1]
+    assert "no cost" in bracket([request("x")], 10, priced(input=0.0, output=0.0)).lines(cap=0)[-1]
 
 
 @pytest.mark.parametrize(

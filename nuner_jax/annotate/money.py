@@ -274,6 +274,8 @@ class Bracket:
         ]
         if not self.known:
             return [*lines, "cost not known: set config.price.input and config.price.output"]
+        if not self.high:
+            return [*lines, "no cost: config.price says 0"]
         lines.append(
             f"between {dollars(self.low)} and {dollars(self.high)}; a pilot (config.request.pilot) measures it closer"
         )
