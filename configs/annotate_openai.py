@@ -7,7 +7,7 @@
 Prices are dollars per million tokens, from the price list of the day; the budget is in dollars and never exceeded.
 `--dry_run` shows the first prompts and an estimate and asks nothing; `--pilot` asks for 20 units and tells from them
 what all would cost. `--config.endpoint.kind=batch` goes through the Batch API instead, at half the price within a day.
-Started again with the same workdir, it goes on; nothing that was paid for is asked again.
+Started again with the same workdir, it goes on; no answer that arrived is asked for again.
 
 Cost: about 155 tokens in and 95 out a sentence (four bytes a token, completions as long as the embedded sample's), so
 210 million and 130 million for the 1.35 million of the paper. Expect: not run at full size here; the paper kept 1M

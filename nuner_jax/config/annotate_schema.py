@@ -114,7 +114,7 @@ def annotate() -> ConfigDict:
             "request": {
                 "max_concurrency": 64,  # requests in flight at most; fewer while the endpoint says it is too much
                 "timeout": 120.0,  # seconds of one request
-                "max_attempts": 6,  # times that one unit is asked for at most
+                "max_attempts": 6,  # times that one unit is asked for in one start, overloads and outages aside
                 "backoff": 1.0,  # seconds before the second attempt; doubles, with jitter, up to 60
                 "pilot": 20,  # units asked first, from which the cost of all is estimated; 0: none
                 "budget": config_dict.placeholder(float),  # dollars, never exceeded; None: no limit
