@@ -7,10 +7,11 @@
 Prices are dollars per million tokens, from the price list of the day; the budget is in dollars and never exceeded.
 `--dry_run` shows the first prompts and an estimate and asks nothing; `--pilot` asks for 20 units and tells from them
 what all would cost. `--config.endpoint.kind=batch` goes through the Batch API instead, at half the price within a day.
-Started again with the same workdir, it goes on; nothing that was paid for is asked again.
+Started again with the same workdir, it goes on; no answer that arrived is asked for again.
 
-Cost: about 130 tokens in and 100 out a sentence, so 180 million and 135 million for the 1.35 million of the paper.
-Expect: not run at full size here; the paper kept 1M sentences with 4.4M annotations.
+Cost: about 155 tokens in and 95 out a sentence (four bytes a token, completions as long as the embedded sample's), so
+210 million and 130 million for the 1.35 million of the paper. Expect: not run at full size here; the paper kept 1M
+sentences with 4.4M annotations.
 """
 
 from nuner_jax.config import annotate

@@ -34,7 +34,7 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 # The files that take longest, so that they are not left to the end when two processes share the tests.
-LONGEST = ("test_quickstart.py", "test_training.py")
+LONGEST = ("test_annotate.py", "test_quickstart.py", "test_training.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

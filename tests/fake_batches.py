@@ -79,6 +79,7 @@ class Batches:
       it done), "failed" (in validation), "token_limit_exceeded" (failed, as when too much is queued), "never" (no end).
     failing: by event ("upload", "create", "poll", "list", "download") and its ordinal: the status of an error,
       "lost" (done, but the connection is closed without an answer) or "cut" (closed in the middle of it).
+    retry_after: seconds that an error of these asks to wait.
     """
 
     def __init__(self, server: FakeOpenAI):
@@ -87,6 +88,7 @@ class Batches:
         self.steps = ["validating", "in_progress", "finalizing"]
         self.fates: dict[int, str] = {}
         self.failing: dict[str, dict[int, int | str]] = {}
+        self.retry_after: float | None = None
         self.created: list[Batch] = []
         self.files: dict[str, bytes] = {}
         self.events: list[str] = []
@@ -123,7 +125,9 @@ class Batches:
         fault = self.failing.get(event, {}).get(self.events.count(event))
         await self.server.reach(event)
         if isinstance(fault, int):
-            return web.json_response(error_body(f"The fake endpoint says {fault}.", "server_error"), status=fault)
+            headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+            body = error_body(f"The fake endpoint says {fault}.", "server_error")
+            return web.json_response(body, status=fault, headers=headers)
         body = getattr(self, f"_{event}")(argument)
         await self.server.reach(f"{event}.done")
         if fault is None and f"{event}.half" not in self.server.holds:

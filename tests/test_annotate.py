@@ -83,6 +83,7 @@ def test_one_command_goes_from_text_to_shards_and_a_report(annotated):
     for name in ("index.html", "DATA_CARD.md", "concepts.csv"):
         assert (workdir / "report" / name).stat().st_size > 500
     assert "$" in printed and str(workdir / "report" / "index.html") in printed
+    assert not list(workdir.glob("journal.sqlite-*")), "the journal is one file, which can be copied"
 
 
 def test_the_key_is_nowhere_in_the_folder(annotated):
@@ -144,6 +145,13 @@ def test_an_endpoint_that_cannot_be_used_is_told_before_anything_is_selected(tmp
     assert done.returncode == 2 and hint in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert "another-key" not in done.stderr
     assert not (tmp_path / "run" / "selection").exists()
+
+
+def test_where_nothing_could_be_aligned_the_report_tells_why(tmp_path):
+    with FakeOpenAI(key=KEY, completion=lambda text: "There is nothing to see here.") as server:
+        done = run(server, tmp_path / "run", "--config.source.size=20", check=False)
+    assert done.returncode == 2 and "0 records are too few" in done.stderr
+    assert "delimiter" in (tmp_path / "run/report/index.html").read_text()
 
 
 def test_a_larger_sample_asks_only_for_what_is_new(tmp_path):
@@ -275,10 +283,12 @@ def test_bad_flags_are_one_line_of_error(tmp_path):
             (["--config.source.shard=3/3"], "i/n with i from 0 to n-1"),
             (["--config.price.input=None", "--config.request.budget=1"], "config.price.input"),
             (["--config.source.unit=word"], "choose one of 'sentence', 'passage', 'row'"),
+            (["--config.endpoint.base_url=https://me:secret@host/v1"], "NUNER_TEST_KEY, and the bare address"),
             (["--config.sorce.unit=row"], "did you mean source.unit"),
         ]:
             done = run(server, tmp_path / "run", *flags, check=False)
             assert done.returncode == 2 and hint in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+            assert "secret" not in done.stderr
 
 
 def test_the_pipeline_runs_in_a_program_too(tmp_path, monkeypatch):

@@ -15,10 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nuner_jax.annotate.alignment import (
-    ALIGNED_FILE,
-    COUNTS_FILE,
     OUTCOMES,
-    REJECTED_FILE,
     Counts,
     UnitOptions,
     align_journal,
@@ -30,6 +27,7 @@ from nuner_jax.annotate.alignment import (
 )
 from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Completed, Outcome, Unit, Usage
+from nuner_jax.annotate.workdir import ALIGNED_FILE, COUNTS_FILE, REJECTED_FILE
 from nuner_jax.config import annotate
 from nuner_jax.data.align import AlignOptions
 from nuner_jax.data.importers import SAMPLE, Report, import_records, resolve_inputs

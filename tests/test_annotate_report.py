@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import html.parser
 import json
+import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -17,14 +18,19 @@ from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuner_jax.annotate.alignment import ALIGNED_FILE, COUNTS_FILE, align_journal, read_rows
+from nuner_jax.annotate.alignment import align_journal, read_rows, share
 from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.report import figures
-from nuner_jax.annotate.report.card import number_rows, without_credentials
+from nuner_jax.annotate.report.accounts import line_rows, meaning, selection_rows, words
+from nuner_jax.annotate.report.card import size_category, without_credentials
 from nuner_jax.annotate.report.page import Concepts, concept_examples, write_report
+from nuner_jax.annotate.selection.select import LEFT_OUT, no_counts, provenance
 from nuner_jax.annotate.units import Outcome, Unit, Usage
+from nuner_jax.annotate.workdir import ALIGNED_FILE, COUNTS_FILE
 from nuner_jax.config import annotate
+from nuner_jax.data.align import Alignment
+from nuner_jax.data.completions import Completion
 from nuner_jax.errors import NunerError
 
 SCRIPT = "<script>alert('Rome')</script> & \"Anna\" met | Bob `at` noon."
@@ -59,14 +65,24 @@ def make_run(workdir: Path, answers, **changes) -> Path:
                 end = dataclasses.replace(outcome, unit=pending.id)
                 await journal.finish(request, [end], usage=Usage(100, 20, 10), cost=80_000_000)
 
-    with Journal.open(workdir / "journal.sqlite", {}) as journal:
+    identity = {key: config.endpoint[key] for key in ("model", "temperature", "top_p", "max_tokens", "extra")}
+    identity |= Prompt.make(config.prompt).identity()
+    if config.endpoint.kind == "replay":
+        identity = {"replay": "0123456789abcdef"}
+    with Journal.open(workdir / "journal.sqlite", identity) as journal:
         journal.set_units(units, "made here")
         asyncio.run(record(journal))
         align_journal(config, journal, workdir, lambda line: None)
     (workdir / "selection").mkdir()
-    selection = {"fingerprint": "made here", "counts": {"read": 9, "left_out": {"too_short": 3, "script": 1}}}
+    read = {"texts": 9, "malformed": 1, "units": len(units) + 4, "too_short": 3, "duplicate": 1, "selected": len(units)}
+    selection = {
+        "fingerprint": "made here",
+        "counts": no_counts() | read,
+        "malformed": {"invalid_json": {"count": 1, "first": ["made.txt:77"]}},
+        **provenance(config, []),
+    }
     (workdir / "selection" / "selection.json").write_text(json.dumps(selection))
-    return write_report(config, Prompt.make(config.prompt), workdir)
+    return write_report(config, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +173,38 @@ def test_the_prompt_is_there_word_for_word(page, workdir):
 
 def test_the_page_accounts_for_every_unit_and_every_line(page, workdir):
     counts = counts_of(workdir)
-    units = {name: int(number) for name, number, _ in page.rows["Outcome"][1:]}
+    units = {name: int(number) for name, number, *_ in page.rows["Outcome"][1:]}
     assert units.pop("all") == sum(units.values()) == len(ANSWERS)
-    assert units == {"kept": 2, "dropped concept": 0, "unlabelled left out": 1, "failed": 1, "pending": 1}
+    assert list(units.values()) == [2, 0, 1, 1, 1]
+    assert ["nothing found, left out", "1", "20.00%"] in [row[:3] for row in page.rows["Outcome"]]
     lines = {name: int(number) for name, number, *_ in page.rows["Lines of the completions"][1:]}
     assert lines.pop("all") == sum(lines.values()) == counts["lines"]["all"] == 10
     assert lines["without a place: not in text"] == 2 and lines["rejected: no delimiter"] == 1
-    examples = {name: shown for name, _, _, shown in page.rows["Lines of the completions"][1:]}
+    examples = {name: shown for name, *_, shown in page.rows["Lines of the completions"][1:]}
     assert examples["rejected: no delimiter"] == "Oops <b>"
     assert "Paris <> city" in examples["without a place: not in text"]
     assert page.rows["Failed units, by reason"][1:] == [["refusal", "1"]]
-    assert ["left out: too short", "3"] in page.rows["Selection"]
+    selection = {row[0]: row[1:] for row in page.rows["Selection"][1:]}
+    assert selection["too short"] == ["3", "33.33%", "fewer characters than source.min_chars"]
+    left_out = sum(int(selection[words(reason)][0]) for reason in LEFT_OUT)
+    assert int(selection["units"][0]) == left_out + int(selection["selected"][0]) == 9
+    assert "invalid_json 1 (made.txt:77)" in page.text
+    assert all(row[3] for heading in ("Selection", "Outcome", "Lines of the completions") for row in page.rows[heading])
+
+
+def test_every_reason_that_there_is_has_its_meaning():
+    reasons = re.findall(r'"(\w+)"', Completion.__doc__ + Alignment.__doc__)
+    assert len(reasons) == 21 and all(meaning(reason) for reason in reasons)
+    counts = no_counts()
+    assert [row.key for row in selection_rows(counts)] == list(counts)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "said"),
+    [(0, 9, "0.00%"), (1, 34_657, "<0.01%"), (34_656, 34_657, ">99.99%"), (9, 9, "100.00%"), (1, 3, "33.33%")],
+)
+def test_a_share_is_nothing_or_all_only_if_it_is(part, whole, said):
+    assert share(part, whole) == said
 
 
 def test_the_page_shows_the_money(page):
@@ -178,8 +215,9 @@ def test_the_page_shows_the_money(page):
 
 
 def test_concepts_come_with_their_mentions_and_examples_in_context(page, workdir):
-    rows = {name: (int(count), shown) for name, count, shown in page.rows["Most frequent concepts"][1:]}
+    rows = {name: (int(count), shown) for name, count, _, shown in page.rows["Most frequent concepts"][1:]}
     assert sum(count for count, _ in rows.values()) == counts_of(workdir)["records"]["entities"] == 6
+    assert page.rows["Most frequent concepts"][1][:3] == ["city", "2", "Cities (1), city (1)"]
     count, shown = rows["city"]
     assert count == 2 and "Rome fell in May." in shown and "Bob `at` noon." in shown
     assert Counter(page.marks) == Counter(["Rome", "May", "Anna", "Bob", "at", "alert"])
@@ -213,8 +251,6 @@ def test_the_card_is_one_that_the_hub_reads(workdir):
     [(999, "n<1K"), (1000, "1K<n<10K"), (123_456, "100K<n<1M"), (1_000_000, "1M<n<10M"), (2 * 10**9, "1B<n<10B")],
 )
 def test_the_card_names_the_size_as_the_hub_does(count, size):
-    from nuner_jax.annotate.report.card import size_category
-
     assert size_category(count) == size
 
 
@@ -233,6 +269,8 @@ def test_no_secret_is_in_the_report(workdir):
         ("http://localhost:8000/v1", "http://localhost:8000/v1"),
         ("hf:org/name@main what? a@b", "hf:org/name@main what? a@b"),
         ("http://host/models@v2/x", "http://host/models@v2/x"),
+        ("https://me:p@w@host/v1", "https://host/v1"),
+        ("gs://me@bucket/part-?.jsonl, s3://b/a#1?.gz", "gs://bucket/part-?.jsonl, s3://b/a#1?.gz"),
     ],
 )
 def test_urls_lose_what_may_be_secret_and_nothing_else(text, clean):
@@ -241,15 +279,36 @@ def test_urls_lose_what_may_be_secret_and_nothing_else(text, clean):
 
 
 def test_a_missing_stage_is_named(tmp_path):
-    config = annotate()
     with pytest.raises(NunerError, match="run the stage select first"):
-        write_report(config, Prompt.make(config.prompt), tmp_path)
+        write_report(annotate(), tmp_path)
 
 
 def test_a_run_without_any_record_has_a_report_too(tmp_path):
     page = Page(make_run(tmp_path, [("Nobody asked for this one.", None)], endpoint_kind="replay", price_input=None))
-    assert dict(page.rows["What it cost"])["prices"] == "nothing was bought"
     assert "0 texts annotated" in "".join(page.text)
+    assert "Most frequent concepts: none." in (tmp_path / "report" / "DATA_CARD.md").read_text()
+
+
+def test_of_recordings_nothing_is_said_that_nobody_knows(tmp_path):
+    page = Page(make_run(tmp_path, ANSWERS[:2], endpoint_kind="replay"))
+    assert dict(page.rows["What it cost"]) == {"spent": "nothing: recorded completions", "units asked for": "2"}
+    made = dict(page.rows["What it is"])
+    assert made["model and prompt"].startswith("not known here") and "first replayed" in made
+    card = (tmp_path / "report" / "DATA_CARD.md").read_text()
+    for text in (card, "".join(page.text).partition("Settings")[0]):
+        assert "some-model" not in text and "The goal is" not in text and "temperature" not in text
+
+
+def test_what_was_done_is_told_and_not_what_the_config_says_by_now(tmp_path):
+    make_run(tmp_path, ANSWERS[:1], align_normalise=("case",))
+    config = annotate()
+    config.endpoint.model, config.source.unit, config.align.normalise = "another-model", "row", ()
+    config.prompt.template = "structured"
+    page = Page(write_report(config, tmp_path))
+    made = dict(page.rows["What it is"])
+    assert (made["model"], made["unit of text"].split(",")[0]) == ("some-model", "sentence")
+    assert "capitals of titles lowered" in made["names of concepts"]
+    assert Prompt.make(annotate().prompt).single in "".join(page.text)
 
 
 def test_prices_that_are_not_known_make_a_spend_that_is_not_known(tmp_path):
@@ -298,9 +357,9 @@ def test_units_with_very_many_annotations_share_the_last_bar():
 
 def test_every_line_is_in_one_bar(workdir):
     counts = counts_of(workdir)
-    bars = figures.outcome_bars(counts)
-    assert sum(count for _, count, _ in bars) == counts["lines"]["all"]
-    assert [(label, count) for label, count, _ in bars][:3] == [
+    whole, *rows = line_rows(counts)
+    assert sum(row.count for row in rows) == whole.count == counts["lines"]["all"]
+    assert [(row.name, row.count) for row in rows][:3] == [
         ("found letter by letter", 6),
         ("found by tolerant match", 0),
         ("without a place: not in text", 2),
@@ -325,10 +384,3 @@ def test_the_figures_show_what_they_are_given(workdir, tmp_path):
     counts["lines"]["ignored"]["blank"] += 5
     other = figures.draw_all(counts, [3, 1, 1], tmp_path)
     assert all(path.read_bytes() != (report / path.name).read_bytes() for path in other)
-
-
-def test_numbers_are_rows_with_the_names_of_what_holds_them():
-    assert number_rows({"read": 9000, "left_out": {"too_short": 3}}) == [
-        ("read", "9,000"),
-        ("left out: too short", "3"),
-    ]

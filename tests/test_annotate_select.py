@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuner_jax.annotate.selection import duplicates
-from nuner_jax.annotate.selection.select import LEFT_OUT, SELECTION_FILE, UNITS_FILE, Selection, read_units, select
+from nuner_jax.annotate.selection.select import LEFT_OUT, Selection, read_units, select
+from nuner_jax.annotate.workdir import SELECTION_FILE, UNITS_FILE
 from nuner_jax.config import annotate
 from nuner_jax.errors import NunerError
 

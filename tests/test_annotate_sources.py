@@ -17,8 +17,9 @@ from test_annotate_select import numbered, run, texts, write_lines
 
 from nuner_jax.annotate.selection import duplicates
 from nuner_jax.annotate.selection.filters import paragraphs, unit_splitter
-from nuner_jax.annotate.selection.select import SELECTION_FILE, read_units
+from nuner_jax.annotate.selection.select import read_units
 from nuner_jax.annotate.units import Unit
+from nuner_jax.annotate.workdir import SELECTION_FILE
 from nuner_jax.data.builder import build
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
@@ -70,6 +71,20 @@ def test_every_kind_of_file_gives_the_same_units(tmp_path, name, kind, first, pa
     assert {unit.text for unit in units} == SENTENCES
     assert {unit.source for unit in units} == {f"{path.name}:{first}", f"{path.name}:{first + 1}"}
     assert all(unit == Unit.of(unit.text, unit.source) for unit in units)
+
+
+def test_of_parquet_only_the_wanted_column_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    image = pyarrow.array([b"\xff" * 50_000] * len(DOCUMENTS))
+    table = pyarrow.table({"image": image, "body": DOCUMENTS})
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    at = path.read_bytes().index(b"\xff" * 50_000)
+    with open(path, "r+b") as file:  # the pages of the other column are destroyed, and nobody notices
+        file.seek(4)
+        file.write(b"\0" * at)
+    assert set(texts(tmp_path / "out", path, field="body")) == SENTENCES
+    with pytest.raises(NunerError, match=r"a\.parquet: corrupt parquet"):
+        run(tmp_path / "out", path, field="image")
 
 
 def test_a_glob_is_all_its_files_and_the_sample_is_its_recorded_texts(tmp_path):
@@ -136,7 +151,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
         ("a.csv", b"text\n\0\n", "{path}:2: a binary file"),
         ("a.jsonl", "no".encode("utf-16-le"), "{path}:1: a binary file"),
         ("a.txt", b"good\ncaf\xe9\n", "{path}:2: not UTF-8 (byte 0xe9)"),
-        ("a.txt.gz", gzip.compress(b"good\n" * 99)[:-9], "{path}:"),
+        ("a.txt.gz", gzip.compress(b"good\n" * 99, mtime=0)[:-9], "{path}:"),
         ("a.txt.gz", b"plain", "{path}: named .gz, but it is not a gzip file"),
         ("a.parquet", b"PAR1", "{path}: corrupt parquet after row 0"),
         ("a.json", b'[{"text": ', "{path}:1: the JSON array is truncated or invalid"),
@@ -177,7 +192,7 @@ def test_a_folder_and_bad_names_are_refused(tmp_path):
 
 
 def test_malformed_rows_are_counted_with_their_places(tmp_path):
-    bad = ["{", '{"body": "no text"}', '{"text": 5}', '{"text": "half \\ud83d of it"}', "{}"]
+    bad = ["{", '{"body": "no text"}', '{"text": ["a", "list"]}', '{"text": "half \\ud83d of it"}', "{}"]
     rows = [json.dumps({"text": text}) for text in DOCUMENTS]
     path = write_lines(tmp_path / "a.jsonl", [*rows, *bad, '{"text": null}'])
     said: list[str] = []
@@ -222,11 +237,41 @@ def test_paragraphs_are_lines_unless_blank_lines_divide_the_text():
     assert paragraphs("a") == ["a"]
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=("Cs",)) | st.sampled_from(" .\n?!"), max_size=80))
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",)) | st.sampled_from(" .\n\r?!"), max_size=80))
 def test_sentences_leave_out_nothing_but_space(text):
     units = unit_splitter("sentence", "en")(text)
     assert "".join("".join(units).split()) == "".join(text.split())
-    assert all(unit in text and unit == unit.strip() != "" for unit in units)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert all(unit in lines and unit == unit.strip() != "" for unit in units)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("unit", ["sentence", "passage", "row"])
+def test_line_ends_of_windows_and_old_macs_are_line_ends(tmp_path, unit, end):
+    text = "A first passage that is\nwrapped at some width.\n\nAnd a second one\nbehind it."
+    made = []
+    for name, content in (("a", text), ("b", text.replace("\n", end))):
+        path = write_lines(tmp_path / f"{name}.jsonl", [json.dumps({"text": content})])
+        made.append(set(texts(tmp_path / name, path, unit=unit)))
+    assert made[0] == made[1] and "\n" in "".join(made[0])
+    (tmp_path / "c.txt").write_bytes(f"{LONG}{end}{SHORT}{end}".encode())
+    assert set(texts(tmp_path / "c", tmp_path / "c.txt")) == {LONG, SHORT}
+
+
+def test_a_very_long_document_is_cut_into_its_sentences_and_an_empty_one_has_none(tmp_path):
+    document = " ".join(numbered(12_000))
+    assert len(document) > 900_000
+    path = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": one}) for one in (document, "", " \n ", document)])
+    counts = run(tmp_path / "out", path, duplicates="exact").counts
+    assert (counts["texts"], counts["units"], counts["selected"]) == (4, 24_000, 12_000)
+    assert (
+        run(
+            tmp_path / "row",
+            write_lines(path, [json.dumps({"text": document}), json.dumps({"text": LONG})]),
+            unit="row",
+        ).counts["too_long"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,10 +305,20 @@ def test_a_unit_is_left_out_for_one_reason(tmp_path, text, reason, source):
         run(tmp_path / "out", write_lines(path, [json.dumps({"text": text})]), **source)
 
 
-def test_an_unknown_script_is_refused_with_the_known_ones(tmp_path):
-    path = write_lines(tmp_path / "a.txt", DOCUMENTS)
+def test_an_unknown_script_is_refused_with_the_known_ones_before_anything_is_read(tmp_path):
     with pytest.raises(NunerError, match="^config.source.script = 'Roman' is unknown; known are: Arabic, Armenian,"):
-        run(tmp_path / "out", path, script="Roman")
+        run(tmp_path / "out", tmp_path / "none.txt", script="Roman")
+
+
+@pytest.mark.parametrize("language", ["English", "EN", "e", "", "en\n", "../en"])
+def test_what_is_no_code_of_a_language_is_refused(tmp_path, language):
+    with pytest.raises(NunerError, match=r"^config\.source\.language = '.*': a code of ISO 639 in lower case, such as"):
+        run(tmp_path / "out", tmp_path / "none.txt", language=language)
+
+
+@pytest.mark.parametrize("language", ["de", "yue", "zh-hans"])
+def test_codes_of_languages_are_taken(tmp_path, language):
+    assert run(tmp_path / "out", write_lines(tmp_path / "a.txt", DOCUMENTS), language=language).counts["selected"] >= 2
 
 
 @pytest.mark.parametrize("package", ["sentencex", "datasketch", "datasets"])

@@ -10,6 +10,7 @@ from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,
+    error_within,
     fault_outcomes,
     judge,
     message_of,
@@ -75,6 +76,11 @@ def test_an_answer_is_read_whole():
         ),
         (completion(usage=None), "A <> b <> c", Usage()),
         (completion() | {"usage": None}, "A <> b <> c", Usage()),
+        (completion() | {"usage": {"prompt_tokens": 100}}, "A <> b <> c", Usage()),
+        (completion(usage=("many", 2)), "A <> b <> c", Usage()),
+        (completion(usage=(-1, 2)), "A <> b <> c", Usage()),
+        (completion(usage=(True, 2)), "A <> b <> c", Usage()),
+        (completion(usage=(100, 20.5)), "A <> b <> c", Usage()),
         (completion() | {"choices": []}, "", Usage(100, 20)),
         (completion() | {"choices": [{}]}, "", Usage(100, 20)),
         (completion() | {"error": None, "id": None}, "A <> b <> c", Usage(100, 20)),
@@ -98,9 +104,6 @@ def test_what_servers_leave_out_or_add_is_borne(payload, text, usage):
         {"choices": ["A"]},
         {"choices": [{"message": "A"}]},
         completion(content=7),
-        completion(usage=("many", 2)),
-        completion(usage=(-1, 2)),
-        completion(usage=(True, 2)),
         {"error": {"message": "overloaded"}, "choices": []},
     ],
 )
@@ -134,8 +137,28 @@ def test_units_that_an_answer_leaves_out_are_asked_again(prompt):
 
 def test_of_many_units_only_the_last_part_of_a_cut_answer_is_cut(prompt):
     content = "1.\nA <> b <> c\n\n2.\nD <> e <> "
-    states = outcome_of(prompt, content=content, count=3, finish="length")
-    assert states == [("done", "", "stop"), ("done", "", "length"), ("retry", "missing_in_answer", "length")]
+    whole, cut, missing = ("done", "", "stop"), ("done", "", "length"), ("retry", "missing_in_answer", "length")
+    assert outcome_of(prompt, content=content, count=3, finish="length") == [whole, cut, missing]
+    swapped = "2.\nD <> e <> f\n\n1.\nA <> b <> "
+    assert outcome_of(prompt, content=swapped, count=2, finish="length") == [cut, whole]
+    equal = "1.\nA <> b <> c\n\n2.\nA <> b <> c"
+    assert outcome_of(prompt, content=equal, count=2, finish="length") == [whole, cut]
+
+
+def test_a_part_of_which_only_the_heading_came_is_no_answer(prompt):
+    content = "1.\n\n2.\nA <> b <> c\n\n3."
+    whole, missing = ("done", "", "stop"), ("retry", "missing_in_answer", "length")
+    assert outcome_of(prompt, content=content, count=3, finish="length") == [whole, whole, missing]
+    assert outcome_of(prompt, content=content, count=3) == [whole] * 3  # the model found nothing in two of them
+
+
+def test_the_parts_of_a_json_answer_that_was_cut_are_whole(prompt):
+    row = '{"entity": "A", "concept": "b", "description": "c"}'
+    content = f'{{"sentences": [{{"number": 1, "entities": [{row}]}}, {{"number": 2, "entities": [{row}, {{"ent'
+    assert outcome_of(prompt, content=content, count=2, finish="length") == [
+        ("done", "", "stop"),
+        ("retry", "missing_in_answer", "length"),
+    ]
 
 
 def test_a_refusal_of_many_units_is_not_yet_one_of_each(prompt):
@@ -164,6 +187,7 @@ def test_faults_are_retried_until_attempts_are_used_up():
         (529, {}, "overloaded", True),
         (500, {"detail": "oops"}, "server_error", True),
         (502, "", "server_error", True),
+        (504, "", "server_error", True),
         (408, "", "server_error", True),
         (409, "", "server_error", True),
         (400, {"error": {"message": "too long"}}, "bad_request", False),
@@ -175,7 +199,12 @@ def test_faults_are_retried_until_attempts_are_used_up():
 def test_statuses_that_are_faults_of_one_request(status, body, reason, retry):
     fault = status_error(status, body, {}, make_config().endpoint)
     assert isinstance(fault, EndpointFault)
-    assert (fault.reason, fault.retry, fault.billed) == (reason, retry, "no")
+    # Who stands before a server does not know how far it came.
+    assert (fault.reason, fault.retry, fault.billed) == (
+        reason,
+        retry,
+        "unknown" if status in (408, 502, 504) else "no",
+    )
     assert message_of(body) in fault.detail and "<" not in fault.detail
 
 
@@ -194,6 +223,16 @@ def test_statuses_that_stop_the_run(status, body, named):
     stop = status_error(status, body, {}, make_config().endpoint)
     assert isinstance(stop, EndpointStop)
     assert all(name in str(stop) for name in named), str(stop)
+
+
+def test_an_error_with_status_200_is_what_it_says_but_may_have_been_billed():
+    endpoint = make_config().endpoint
+    limited = error_within({"error": {"code": 429, "message": "slow down"}}, endpoint)
+    assert (limited.reason, limited.retry, limited.billed) == ("rate_limited", True, "unknown")
+    for code in (402, "insufficient_quota"):
+        assert error_within({"error": {"code": code, "message": "no"}}, endpoint).reason == "out_of_money"
+    for other in (completion(), {"error": {"message": "?"}}, {"error": "?"}, {"error": {"code": 200}}, [], None):
+        assert error_within(other, endpoint) is None
 
 
 def test_messages_are_one_short_line():

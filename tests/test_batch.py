@@ -1,28 +1,31 @@
 """The Batch API: every unit ends once, whatever the endpoint or a kill does, and the money is that of the server."""
 
-import itertools
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 
 import pytest
-from fake_answers import completion_of, recorded
-from fake_openai import Bill, FakeOpenAI
+from batching import (
+    KEY,
+    Lines,
+    annotate,
+    assert_all_done_once,
+    kill_in_flight,
+    make_config,
+    open_journal,
+    price,
+    start,
+    totals_of,
+    until_polled,
+)
+from fake_answers import completion_of
+from fake_openai import FakeOpenAI
 
-from nuner_jax import config as config_lib
-from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import PICO
 from nuner_jax.annotate.prompts import Prompt
-from nuner_jax.annotate.request import batch
+from nuner_jax.annotate.request import batch, live
 from nuner_jax.annotate.request.batch_endpoint import MARK
-from nuner_jax.annotate.units import Unit
+from nuner_jax.annotate.request.endpoints import LiveEndpoint
 from nuner_jax.errors import NunerError
 from nuner_jax.writers import Console
-
-KEY = "sk-batch-0123456789-secret"
-TESTS = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -34,63 +37,6 @@ def _key(monkeypatch):
 def fake():
     with FakeOpenAI(key=KEY) as server:
         yield server
-
-
-def make_config(base_url, **changes):
-    config = config_lib.annotate()
-    config.endpoint.update(kind="batch", base_url=base_url, model="fake-model", key_variable="NUNER_TEST_KEY")
-    config.request.update(backoff=0.01, pilot=0, timeout=20.0)
-    config.price.update(input=0.15, output=0.6)
-    config.batch.update(requests=40, poll=0.01)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
-
-
-def open_journal(config, workdir, units) -> Journal:
-    journal = Journal.open(workdir / "journal.sqlite", {"model": config.endpoint.model})
-    texts = itertools.islice(recorded(), units)
-    journal.set_units((Unit.of(text, f"sample:{at}") for at, text in enumerate(texts, start=1)), str(units))
-    return journal
-
-
-def annotate(base_url, workdir, units, *, console=None, pilot_only=False, **changes):
-    """One start; returns its summary and what the journal then holds of every unit."""
-    config = make_config(base_url, **changes)
-    with open_journal(config, workdir, units) as journal:
-        summary = batch.run(
-            config, journal, Prompt.make(config.prompt), console=console or Console(False), pilot_only=pilot_only
-        )
-        return summary, list(journal.completions())
-
-
-def totals_of(workdir):
-    with Journal.open(workdir / "journal.sqlite", read_only=True) as journal:
-        return journal.totals()
-
-
-def price(bill: Bill) -> int:
-    """Picodollars of a bill at the prices of `make_config`, at half of them as is usual for batches."""
-    return (bill.prompt * 150_000 + bill.completion * 600_000) // 2
-
-
-def assert_all_done_once(fake, completed, units):
-    assert len(completed) == units
-    assert {row.state for row in completed} == {"done"}
-    assert all(row.completion == completion_of(row.text) for row in completed)
-    assert set(fake.answered().values()) == {1}
-
-
-class Lines(Console):
-    """Keeps what is said."""
-
-    def __init__(self):
-        super().__init__(False)
-        self.lines = []
-
-    def say(self, line=""):
-        self.lines.append(line)
 
 
 # --- Whole runs ------------------------------------------------------------------------------------
@@ -147,7 +93,7 @@ def test_everything_at_once_goes_wrong_and_every_unit_still_ends_once_and_is_pai
     ):
         assert oddity in said
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert not list(tmp_path.glob(".batch-*"))
+    assert not list(tmp_path.glob(".*.batch"))
 
 
 def test_several_sentences_share_a_request_and_those_left_out_are_asked_for_alone(tmp_path, fake):
@@ -182,34 +128,6 @@ def test_the_pilot_is_a_small_first_batch_and_tells_what_all_would_cost(tmp_path
 
 # --- Kills -----------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os, pathlib, signal, sys
-import test_batch
-from nuner_jax.annotate.request import batch
-from nuner_jax.annotate.journal.journal import Journal
-base_url, workdir, units, ends = sys.argv[1:]
-if int(ends):
-    batch.PAGE, real, calls = 7, Journal.finish_many, []
-    def finish_many(self, chunk):
-        real(self, chunk)
-        calls.append(1)
-        if len(calls) == int(ends):
-            os.kill(os.getpid(), signal.SIGKILL)
-    Journal.finish_many = finish_many
-test_batch.annotate(base_url, pathlib.Path(workdir), int(units), console=batch.Console(True))
-"""
-
-
-def start(fake, workdir, units, ends=0) -> subprocess.Popen:
-    """A process that annotates; with `ends`, it kills itself after writing so many pages of results."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, fake.base_url, str(workdir), str(units), str(ends)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
 
 @pytest.mark.parametrize(
     "event", ["upload", "upload.done", "create", "create.done", "poll", "download", "download.half"]
@@ -230,6 +148,7 @@ def test_killed_while_at_the_endpoint_the_next_start_goes_on_without_a_second_ba
     assert fake.batches.events.count("upload") == 3 + event.startswith("upload")
     totals = totals_of(tmp_path)
     assert (totals.attempts, totals.spent, totals.unsure) == (100, price(fake.billed), 0)
+    assert not list(tmp_path.glob(".*.batch"))
 
 
 @pytest.mark.parametrize("ends", [1, 4, 6])
@@ -248,8 +167,7 @@ def test_interrupted_it_leaves_the_batches_to_the_endpoint_and_collects_them_lat
     fake.batches.fates = {1: "never", 2: "never", 3: "never"}
     process = start(fake, tmp_path, 100)
     try:
-        while fake.batches.events.count("poll") < 6:
-            assert process.poll() is None, process.communicate()
+        until_polled(fake, process, 6)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=30)
     finally:
@@ -292,108 +210,55 @@ def test_a_batch_that_was_only_prepared_is_not_submitted_once_the_budget_is_lowe
     assert_all_done_once(fake, completed, 40)
 
 
-# --- Refusals --------------------------------------------------------------------------------------
+def test_a_batch_that_was_not_sent_counts_neither_as_an_attempt_nor_against_sharing_a_request(tmp_path, fake):
+    fake.batches.failing = {"upload": dict.fromkeys(range(1, 7), 500)}
+    more = {"prompt__units_per_request": 4, "request__max_attempts": 6}
+    with pytest.raises(NunerError, match="HTTP 500"):
+        annotate(fake.base_url, tmp_path, 40, **more)
+    annotate(fake.base_url, tmp_path, 40, request__budget=1e-6, **more)  # takes it apart
+    _, completed = annotate(fake.base_url, tmp_path, 40, **{**more, "request__max_attempts": 1})
+    assert_all_done_once(fake, completed, 40)
+    assert [len(entry.texts) for entry in fake.log] == [4] * 10
 
 
-def test_a_batch_that_fails_its_validation_stops_the_run_and_its_units_stay_as_they_were(tmp_path, fake):
-    fake.batches.fates = {2: "failed"}
-    with pytest.raises(NunerError, match="refused batch batch_2 of 40 requests: line 1: This line is not parseable"):
-        annotate(fake.base_url, tmp_path, 100)
-    _, completed = annotate(fake.base_url, tmp_path, 100)
-    assert_all_done_once(fake, completed, 100)
-    totals = totals_of(tmp_path)
-    assert (totals.attempts, totals.spent) == (100, price(fake.billed))
-
-
-def test_too_large_a_batch_for_the_endpoint_goes_in_smaller_ones_once_the_config_says_so(tmp_path, fake):
-    fake.batches.most_requests = 25
-    with pytest.raises(
-        NunerError, match=r"refused batch batch_1 of 40 requests: The file is too large.*batch\.requests"
-    ):
-        annotate(fake.base_url, tmp_path, 100)
-    _, completed = annotate(fake.base_url, tmp_path, 100, batch__requests=25)
-    assert_all_done_once(fake, completed, 100)
-    assert max(len(made.lines) for made in fake.batches.created if made.status == "completed") == 25
-
-
-def test_a_wrong_key_stops_at_once_and_leaves_everything_for_the_right_one(tmp_path, fake):
+@pytest.mark.parametrize("kind", ["batch", "live"])
+def test_a_batch_begun_before_prices_were_known_counts_against_a_later_budget(tmp_path, fake, kind):
     fake.batches.fates = {1: "never"}
-    process = start(fake, tmp_path, 40)
-    try:
-        while fake.batches.events.count("poll") < 2:
-            assert process.poll() is None, process.communicate()
-        fake.key = "another"
-        said, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert "refuses the key (HTTP 401)" in said and KEY not in said
-    polls = fake.batches.events.count("poll")
-    with pytest.raises(NunerError, match="NUNER_TEST_KEY"):
-        annotate(fake.base_url, tmp_path, 40)
-    assert fake.batches.events.count("poll") == polls
-    fake.key, fake.batches.created[0].fate = KEY, "completed"
-    _, completed = annotate(fake.base_url, tmp_path, 40)
-    assert_all_done_once(fake, completed, 40)
+    kill_in_flight(fake, start(fake, tmp_path, 40, price="none"))
+    assert totals_of(tmp_path).reserved == 0
+    config = make_config(fake.base_url, endpoint__kind=kind, request__budget=1e-3)
+    console = Lines()
+    with open_journal(config, tmp_path, 80) as journal:
+        if kind == "live":
+            prompt = Prompt.make(config.prompt)
+            summary = live.run(config, journal, prompt, LiveEndpoint(config), console=console)
+            assert summary.stopped == "budget" and fake.requests == 0
+        else:
+            fake.batches.created[0].fate = "completed"
+            summary = batch.run(config, journal, Prompt.make(config.prompt), console=console)
+            assert summary.totals.spent == price(fake.billed) > 0
 
 
-def test_an_endpoint_that_rejects_every_request_stops_the_run_and_no_unit_is_given_up(tmp_path, fake):
-    fake.faults = {"line_400": 1.0}
-    with pytest.raises(NunerError, match="rejects every request, 40 so far, with 'HTTP 400: The fake endpoint"):
-        annotate(fake.base_url, tmp_path, 40)
-    assert totals_of(tmp_path).failed == 0
-    fake.faults = {}
-    _, completed = annotate(fake.base_url, tmp_path, 40)
-    assert_all_done_once(fake, completed, 40)
+def test_batches_are_collected_also_if_their_units_are_selected_no_more(tmp_path, fake):
+    fake.batches.fates = {1: "never"}
+    kill_in_flight(fake, start(fake, tmp_path, 10))
+    fake.batches.created[0].fate = "completed"
+    config = make_config(fake.base_url)
+    with open_journal(config, tmp_path, 0) as journal:
+        assert batch.run(config, journal, Prompt.make(config.prompt), console=Console(False)).stopped == "finished"
+    _, completed = annotate(fake.base_url, tmp_path, 10)
+    assert_all_done_once(fake, completed, 10)
+    assert len(fake.batches.created) == 1
 
 
-def test_an_account_without_credit_stops_the_run_and_its_attempts_do_not_count(tmp_path, fake):
-    fake.faults = {"line_402": 0.5}
-    with pytest.raises(NunerError, match="no credit left"):
-        annotate(fake.base_url, tmp_path, 40, request__max_attempts=1)
-    assert 0 < totals_of(tmp_path).done < 40 and totals_of(tmp_path).failed == 0
-    fake.faults = {}
-    _, completed = annotate(fake.base_url, tmp_path, 40, request__max_attempts=1)
-    assert_all_done_once(fake, completed, 40)
-
-
-def test_a_server_without_a_batch_api_is_told_so_and_what_to_set(tmp_path, fake):
-    fake.batches.failing = {"upload": {1: 404}}
-    with pytest.raises(NunerError, match='not_found.*config.endpoint.kind = "live"'):
-        annotate(fake.base_url, tmp_path, 10)
-    assert fake.batches.events == ["upload"]
-
-
-def test_results_that_are_gone_at_the_endpoint_are_asked_for_again_only_if_the_user_says_so(tmp_path, fake):
-    fake.batches.failing = {"download": {1: 404}}
-    with pytest.raises(NunerError, match=r"has no results of it.*config\.request\.retry_failed = True"):
-        annotate(fake.base_url, tmp_path, 10)
-    fake.batches.files.clear()
-    with pytest.raises(NunerError, match="knows no batch batch_1"):
-        annotate(fake.base_url, tmp_path, 10)
-    fake.batches.failing = {}
-    summary, completed = annotate(fake.base_url, tmp_path, 10, request__retry_failed=True)
-    assert {row.state for row in completed} == {"done"}
-    assert 0 < summary.totals.spent < price(fake.billed) <= summary.totals.spent + summary.totals.unsure
-
-
-def test_a_request_that_fits_into_no_file_is_named(tmp_path, fake):
-    with pytest.raises(NunerError, match=r"config\.batch\.bytes = 1,000"):
-        annotate(fake.base_url, tmp_path, 10, batch__bytes=1000, prompt__template="structured")
-    assert not fake.batches.created
-
-
-def test_another_journal_does_not_take_the_batches_of_this_one(tmp_path, fake):
-    for name in ("one", "two"):
-        reached = fake.hold("create.done")
-        process = start(fake, tmp_path / name, 30)
-        assert reached.wait(30)
-        process.kill()
-        process.communicate(timeout=30)
-        fake.release("create.done")
-    marks = {made.metadata[MARK] for made in fake.batches.created}
-    assert len(marks) == 2
-    for name in ("one", "two"):
-        _, completed = annotate(fake.base_url, tmp_path / name, 30)
-        assert {row.state for row in completed} == {"done"}
-    assert len(fake.batches.created) == 2
-    assert totals_of(tmp_path / "one").spent * 2 == price(fake.billed)
+def test_asked_one_by_one_units_in_open_batches_are_told_and_left_to_them(tmp_path, fake):
+    fake.batches.fates = {1: "never"}
+    kill_in_flight(fake, start(fake, tmp_path, 10))
+    config, console = make_config(fake.base_url, endpoint__kind="live"), Lines()
+    with open_journal(config, tmp_path, 30) as journal:
+        summary = live.run(config, journal, Prompt.make(config.prompt), LiveEndpoint(config), console=console)
+    assert (summary.totals.done, summary.totals.pending) == (20, 10)
+    assert "10 units wait in batches" in "\n".join(console.lines)
+    fake.batches.created[0].fate = "completed"
+    _, completed = annotate(fake.base_url, tmp_path, 30)
+    assert_all_done_once(fake, completed, 30)

@@ -62,6 +62,8 @@ WIRE = {
     "JSON of another form": (whole(b'{"models": []}'), "malformed_answer"),
     "an error with status 200": (whole(b'{"error": {"message": "your key %s"}}' % KEY.encode()), "malformed_answer"),
     "its page, with the key": (whole(KEY.encode()), "truncated_json"),
+    "the key where it is cut": (whole(b"x" * 70 + KEY.encode()), "truncated_json"),
+    "JSON with the key where it is cut": (whole(b'{"models": "%s%s"}' % (b"x" * 60, KEY.encode())), "malformed_answer"),
     "reset": (None, "connection"),
     "a byte now and then": (iter, "timeout"),
 }
@@ -108,7 +110,28 @@ def test_whatever_comes_over_the_wire_is_a_fault_that_may_have_been_billed(name)
         thread.join()
     fault = caught.value
     assert (fault.reason, fault.retry, fault.billed) == (reason, True, "unknown")
-    assert KEY not in str(fault) and len(str(fault)) < 400
+    assert KEY[:10] not in str(fault) and len(str(fault)) < 400
+
+
+def test_the_key_is_blotted_out_as_some_servers_write_it_in_json(monkeypatch):
+    monkeypatch.setenv("ANSWERS_TEST_KEY", "ab/cd+0123/ef")
+    answer = whole(rb'{"error": {"message": "no ab\/cd+0123\/ef here"}}', "401 No")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve_once, args=(listener, answer))
+        thread.start()
+        with pytest.raises(EndpointStop, match=r"It said: no \[key\] here"):
+            ask_live(make_config(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"))
+        thread.join()
+
+
+def test_an_error_with_status_200_stops_the_run_if_its_reason_does():
+    body = json.dumps({"error": {"code": 402, "message": "no credit"}}).encode()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve_once, args=(listener, whole(body)))
+        thread.start()
+        with pytest.raises(EndpointStop, match="no credit left"):
+            ask_live(make_config(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"))
+        thread.join()
 
 
 def test_a_request_that_was_never_sent_was_not_billed():
@@ -185,6 +208,9 @@ def test_a_key_with_a_line_break_inside_is_refused_and_not_shown(monkeypatch):
 
 def test_a_server_without_keys_gets_none_of_ours(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", KEY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"authorization: Bearer {KEY}")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = make_config(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         config.endpoint.key_variable = ""
@@ -201,13 +227,30 @@ def test_a_server_without_keys_gets_none_of_ours(monkeypatch):
         answer, _ = ask_live(config)
         thread.join()
     assert answer.text == "A <> b <> c"
-    assert KEY.encode() not in sent[0] and b"Bearer no-key" in sent[0]
+    assert KEY.encode() not in sent[0] and b"Bearer no-key" in sent[0]  # and it was sent where the config says
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://host/v1", "http://host:99999/v1", "http://[bad"])
 def test_what_is_no_address_is_named(url):
     with pytest.raises(NunerError, match="config.endpoint.base_url.*not an address"):
         check_live(make_config(url))
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "http://hunter2@[bad", "https://host/v1?key=hunter2"])
+def test_an_address_with_a_secret_in_it_is_refused_and_not_shown(monkeypatch, url):
+    for key in (KEY, ""):  # what is said of a missing key comes later
+        monkeypatch.setenv("ANSWERS_TEST_KEY", key)
+        with pytest.raises(NunerError, match=r"config\.endpoint\.base_url holds") as caught:
+            check_live(make_config(url))
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("ALL_PROXY", "foo://me:hunter2@host:3"), ("SSL_CERT_FILE", "/none")])
+def test_settings_of_the_environment_that_cannot_be_used_are_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(NunerError, match=variable) as caught:
+        check_live(make_config())
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_server_that_is_down_is_named():

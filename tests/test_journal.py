@@ -279,3 +279,33 @@ def test_a_batch_is_recorded_wholly_or_not_at_all(tmp_path):
             journal.set_batch("77", state="submitted")
         with pytest.raises(sqlite3.IntegrityError):
             journal.set_batch(key, state="no such state")
+
+
+def test_answers_without_a_price_get_one_when_it_is_known_those_of_batches_by_their_own(tmp_path):
+    with new(tmp_path) as journal:
+        page = journal.pending(-1, 4)
+        ask(journal, page[:2], ("done", "x"), ("done", "y"), usage=Usage(3, 2, 1), cost=None)
+        ask(journal, page[2:3], ("done", "z"), usage=Usage(5, 5), cost=7)
+        _, (request,) = journal.begin_batch([(page[3:4], 0)])
+        journal.reserve([(request, 40)])
+        assert (journal.totals().spent, journal.totals().reserved, journal.reserved(request)) == (7, 40, 40)
+        journal.finish_many([Finish(request, [Outcome(page[3].id, "done", "w")], usage=Usage(4, 1), cost=None)])
+        journal.price(lambda usage: 100 * usage.prompt + usage.cached, lambda usage: usage.prompt)
+        assert (journal.totals().spent, journal.sample().cost) == (301 + 7 + 4, 301 + 7 + 4)
+        journal.price(lambda usage: 1, lambda usage: 1)  # now all have one
+        assert journal.totals().spent == 301 + 7 + 4
+    with new(tmp_path) as journal:
+        assert journal.totals().spent == 301 + 7 + 4
+
+
+def test_a_batch_that_is_taken_apart_leaves_its_units_as_they_were(tmp_path):
+    with new(tmp_path) as journal:
+        before = journal.pending(-1, 4)
+        first, _ = journal.begin_batch([(before[:2], 50)])
+        journal.begin_batch([(before[2:3], 60)])
+        journal.release(first)
+        assert [row.key for row in journal.batches()] == ["2"]
+        assert journal.pending(-1, 3) == [*before[:2], before[3]]
+        totals = journal.totals()
+        assert (totals.in_flight, totals.reserved, totals.unsure, totals.lost) == (1, 60, 0, 2)
+        assert journal.faults() == {"not_sent": 2}

@@ -22,6 +22,7 @@ from nuner_jax.annotate.money import (
 )
 from nuner_jax.annotate.units import Usage
 from nuner_jax.config.annotate_schema import annotate
+from nuner_jax.errors import NunerError
 
 MONEY = st.integers(0, 10**13)
 
@@ -73,8 +74,9 @@ def test_the_batch_api_costs_its_share_and_a_replay_nothing():
 @pytest.mark.parametrize("given_", [{}, {"input": 1.0}, {"output": 1.0}])
 def test_with_a_price_missing_nothing_is_known(given_):
     assert not priced(**given_).known
-    assert priced(**given_).of(Usage(10, 10)) == 0
-    assert priced(input=0.0, output=0.0).known  # free is a price
+    assert priced(**given_).of(Usage(10, 10)) is None
+    free = priced(input=0.0, output=0.0)
+    assert free.known and free.of(Usage(10, 10)) == 0  # free is a price
 
 
 # The worst case
@@ -102,7 +104,13 @@ def test_what_the_body_says_about_the_answer_is_believed_if_it_is_more():
     assert most_tokens(request("x", max_completion_tokens=100), 100)[1] == 100
     assert most_tokens(request("x", max_completion_tokens=100, max_tokens=700), 100)[1] == 700
     assert most_tokens(request("x", max_completion_tokens=100, n=3), 100)[1] == 300
-    assert most_tokens(request("x", max_completion_tokens=None, n=None), 100)[1] == 100
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens", "n"])
+@pytest.mark.parametrize("value", [None, "700", 700.0, True, 0, -1])
+def test_what_leaves_the_length_of_an_answer_open_is_refused(key, value):
+    with pytest.raises(NunerError, match=rf"config\.endpoint\.extra: {key} = "):
+        priced(input=1.0, output=1.0).worst(request("x", **{key: value}), 100)
 
 
 @given(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 100))
@@ -266,6 +274,7 @@ def test_the_lines_of_a_bracket_say_whether_the_budget_suffices():
     assert plan.lines(cap=plan.high // 2)[-1].endswith("may end before the units do, after 50 requests at the earliest")
     assert plan.lines(cap=plan.low - 1)[-1].endswith("will end before the units do")
     assert "not known" in bracket([request("x")], 10, priced()).lines(cap=0)[-1]
+    assert "no cost" in bracket([request("x")], 10, priced(input=0.0, output=0.0)).lines(cap=0)[-1]
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,11 @@ def tolerant(text: str, surface: str) -> str | None:
         ("Rome\u200b fell", "Rome \u200bfell", "Rome\u200b fell"),
         ("İstanbul", "i\u0307stanbul", "İstanbul"),
         ("… and Rome", "... AND rome", "… and Rome"),
+        ("½ a cup", "1/2 a cup", "½ a cup"),
+        ("a 1⁄2 cup", "½ CUP", "1⁄2 cup"),
+        ("to \u212brhus", "ÅRHUS", "\u212brhus"),
+        ("ｶﾞｽ", "ガス", "ｶﾞｽ"),
+        ("wait...", "WAIT…", "wait..."),
         ("Gutenberg™", "GUTENBERG", "Gutenberg"),
     ],
 )
@@ -218,6 +223,9 @@ def test_the_tolerant_match_sees_through_case_and_unicode_form(text, surface, me
         ("XROME ROMEX", "Rome"),
         ("Rome", "\u200b"),
         ("Rome", "Rome Rome"),
+        ("1½ cups", "1/2 cups"),
+        ("İstanbul", "istanbul"),  # a dotted capital is another letter
+        ("wait…", "wait."),  # a third of an ellipsis
     ],
 )
 def test_the_tolerant_match_respects_words_and_letters(text, surface):

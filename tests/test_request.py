@@ -8,9 +8,9 @@ from asking import KEY, Lines, after_requests, ask, cost_of, make_config, make_u
 from fake_answers import error_body
 from fake_openai import FakeOpenAI, _json
 
+from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import Prices
-from nuner_jax.annotate.prompts import Prompt
-from nuner_jax.annotate.request import live as request
+from nuner_jax.annotate.prompts import Prompt, request_body
 from nuner_jax.annotate.request import throttle
 from nuner_jax.annotate.request.answers import EndpointStop
 from nuner_jax.annotate.request.endpoints import ReplayEndpoint
@@ -66,7 +66,7 @@ def test_the_cap_is_never_exceeded_with_256_requests_in_flight(tmp_path, monkeyp
     monkeypatch.setattr(throttle, "FIRST_LIMIT", 256)
     config = make_config()
     units, prompt = make_units(2000), Prompt.make(config.prompt)
-    worst = Prices.make(config).worst(request.request_body(config.endpoint, prompt, [units[-1].text]), 64)
+    worst = Prices.make(config).worst(request_body(config.endpoint, prompt, [units[-1].text]), 64)
     with FakeOpenAI(key=KEY, faults=faults, slow=0.1) as server, opened(tmp_path, 2000) as journal:
         config = make_config(server, max_concurrency=256, budget=round(300 * worst / 1e12, 6))
         server.pause()
@@ -108,14 +108,39 @@ class Scripted:
         self.closed = True
 
 
+def test_answers_that_came_before_a_price_was_known_count_against_a_later_budget(tmp_path):
+    console = Lines()
+    with FakeOpenAI(key=KEY) as server, opened(tmp_path, 200) as journal:
+        free = make_config(server, pilot=50)
+        free.price.update(input=None, cached=None, output=None)
+        assert ask(free, journal, pilot_only=True).totals.spent == 0
+        billed = cost_of(make_config(), server.billed)
+        config = make_config(server, budget=round(2 * billed / 1e12, 6))
+        summary = ask(config, journal, console=console)
+        assert summary.stopped == "budget" and set(server.attempts().values()) == {1}
+        assert billed < summary.totals.spent == cost_of(config, server.billed) <= 2 * billed
+    with Journal.open(tmp_path / "journal.sqlite", read_only=True) as journal:
+        assert journal.sample().cost == journal.totals().spent == summary.totals.spent
+
+
 def test_an_endpoint_that_counts_no_tokens_makes_the_spend_unsure(tmp_path):
     config = make_config(budget=10.0)
     endpoint = Scripted(lambda texts: Answer("", "A <> b <> c", "stop", "", Usage()))
     with opened(tmp_path, 3) as journal:
         totals = ask(config, journal, endpoint).totals
-    bodies = [request.request_body(config.endpoint, Prompt.make(config.prompt), [u.text]) for u in make_units(3)]
+    bodies = [request_body(config.endpoint, Prompt.make(config.prompt), [u.text]) for u in make_units(3)]
     assert totals.done == 3 and totals.spent == 0
     assert totals.unsure == sum(Prices.make(config).worst(body, 64) for body in bodies)
+
+
+@pytest.mark.parametrize("extra", ['{"max_completion_tokens": null}', '{"max_tokens": "9000"}', '{"n": 2.0}'])
+def test_further_keys_that_leave_the_cost_open_are_refused_before_anything_is_asked(tmp_path, extra):
+    with FakeOpenAI(key=KEY) as server, opened(tmp_path, 20) as journal:
+        config = make_config(server, budget=1.0)
+        config.endpoint.extra = extra
+        with pytest.raises(NunerError, match=r"config\.endpoint\.extra: \w+ = "):
+            ask(config, journal)
+        assert server.requests == journal.totals().attempts == 0
 
 
 def test_a_defect_is_raised_when_all_others_are_settled(tmp_path):
@@ -283,7 +308,7 @@ def test_the_progress_line_tells_units_money_and_time(tmp_path):
         ask(make_config(server, budget=2.0), journal, console=console)
     last = console.shown[-1]
     assert re.search(
-        r"500/500 units, [\d.]+/s, 0/64 in flight, \$0\.1\d+ \(\+ \$0\.0\d+ unsure\) of \$2\.0000", last
+        r"500/500 units, [\d.]+/s, 0/64 in flight, \$0\.1\d+ \(and at most \$0\.0\d+ unsure\) of \$2\.0000", last
     ), last
     assert any(re.search(r"\d+/500 units.*, \d+ s left", line) for line in console.shown)
 

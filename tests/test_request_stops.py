@@ -6,9 +6,11 @@ import threading
 import time
 
 import pytest
-from asking import KEY, Lines, after_requests, ask, make_config, once_each, opened
+from asking import KEY, Lines, after_requests, ask, make_config, make_units, once_each, opened
 from fake_openai import FakeOpenAI
 
+from nuner_jax.annotate.request import retry
+from nuner_jax.annotate.request.endpoints import LiveEndpoint
 from nuner_jax.errors import NunerError
 
 
@@ -43,6 +45,28 @@ def test_an_endpoint_that_says_500_to_all_stops_the_run_and_no_unit_fails(tmp_pa
         assert totals.done == 100 and totals.failed == 0
         server.fail_with(None)
         assert ask(config, journal).totals.done == 300
+
+
+@pytest.mark.parametrize(("units", "concurrency"), [(50, 1), (1, 64)])
+def test_however_few_are_asked_for_at_a_time_an_endpoint_that_is_gone_stops_the_run(
+    tmp_path, monkeypatch, units, concurrency
+):
+    monkeypatch.setattr(retry, "OUTAGE_FAULTS", 6)
+    monkeypatch.setattr(retry, "OUTAGE_STRETCH", 1.0)
+
+    class Leaving(LiveEndpoint):
+        async def check(self):
+            await super().check()
+            server.stop()
+
+    with FakeOpenAI(key=KEY) as server, opened(tmp_path, units) as journal:
+        config = make_config(server, max_attempts=3, max_concurrency=concurrency)
+        with pytest.raises(NunerError, match="answered none of the last .*unreachable"):
+            ask(config, journal, Leaving(config))
+        totals = journal.totals()
+        assert totals.failed == totals.in_flight == totals.unsure == 0 and totals.pending == units
+        server.start()
+        assert ask(config, journal).totals.done == units
 
 
 def test_a_short_outage_is_waited_out(tmp_path):
@@ -84,6 +108,8 @@ def test_a_second_signal_stops_at_once_and_the_next_start_asks_again(tmp_path):
 
         def stop():
             held.wait()
+            while server.in_flight < 8:
+                time.sleep(0.01)
             for _ in range(2):
                 time.sleep(0.1)
                 os.kill(os.getpid(), signal.SIGINT)
@@ -110,3 +136,21 @@ def test_a_signal_does_not_wait_for_a_pause_that_the_server_asked_for(tmp_path):
         assert ask(make_config(server), journal, console=console).stopped == "signal"
         assert time.monotonic() - began < 5
     assert any("rate limit: next in" in line for line in console.shown), console.shown
+    assert sum("asks to wait 10 min" in line for line in console.lines) == 1  # also where no progress line is seen
+
+
+def test_a_unit_whose_error_asks_for_hours_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.2)
+    poison = make_units(20)[3].text
+
+    class Patient(FakeOpenAI):
+        def _refuse(self, entry, status, what, retry_after=None):
+            return super()._refuse(entry, status, what, 36_000)
+
+    with (
+        Patient(key=KEY, script=lambda texts, _: "error_500" if poison in texts else None) as server,
+        opened(tmp_path, 20) as journal,
+    ):
+        began = time.monotonic()
+        assert ask(make_config(server, max_attempts=3), journal).totals.failed == 1
+        assert time.monotonic() - began < 10

@@ -17,13 +17,15 @@ def test_delays_grow_with_full_jitter_up_to_a_minute_on_top_of_what_the_server_a
     for attempt, bound in ((1, 2), (2, 4), (3, 8), (6, 60), (50, 60)):
         delays = [retry.delay(attempt, 2.0, fault) for _ in range(400)]
         assert 0 <= min(delays) < 0.1 * bound and 0.9 * bound < max(delays) <= bound
-    asked = EndpointFault("rate_limited", retry=True, retry_after=100.0)
-    assert all(100 <= retry.delay(1, 2.0, asked) <= 102 for _ in range(100))
+    asked = EndpointFault("server_error", retry=True, retry_after=20.0)
+    assert all(20 <= retry.delay(1, 2.0, asked) <= 22 for _ in range(100))
+    asked.retry_after = 36_000.0  # by mistake, or for all, which the throttle sees to
+    assert all(60 <= retry.delay(1, 2.0, asked) <= 62 for _ in range(100))
     assert retry.delay(5, 2.0, None) == 0
 
 
 def test_an_attempt_counts_against_a_unit_while_others_are_answered():
-    health, fault = retry.Health(1.0, proven=True), EndpointFault("server_error", retry=True)
+    health, fault = retry.Health(1.0, 8, proven=True), EndpointFault("server_error", retry=True)
     one = work(1, counted=5)
     assert health.judge(work(2), fault, 6)[1] is True
     assert [outcome.state for outcome in health.judge(one, fault, 6)[0]] == ["failed"]
@@ -36,7 +38,7 @@ def test_an_attempt_counts_against_a_unit_while_others_are_answered():
 
 @pytest.mark.parametrize("reason", ["rate_limited", "overloaded", "unreachable"])
 def test_attempts_that_are_the_endpoints_fault_end_only_after_very_many(reason):
-    health, fault = retry.Health(1.0, proven=True), EndpointFault(reason, retry=True)
+    health, fault = retry.Health(1.0, 8, proven=True), EndpointFault(reason, retry=True)
     assert health.judge(work(1, attempts=100, counted=5), fault, 6)[0][0].state == "retry"
     assert health.judge(work(1, attempts=retry.PATIENCE * 6 - 1), fault, 6)[0][0].state == "failed"
 
@@ -44,7 +46,7 @@ def test_attempts_that_are_the_endpoints_fault_end_only_after_very_many(reason):
 def test_the_run_stops_after_many_faults_without_an_answer_over_a_stretch(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
-    health, fault = retry.Health(1.0, proven=True), EndpointFault("connection", retry=True)
+    health, fault = retry.Health(1.0, 8, proven=True), EndpointFault("connection", retry=True)
 
     def faults(count):
         for n in range(count):
@@ -58,3 +60,21 @@ def test_the_run_stops_after_many_faults_without_an_answer_over_a_stretch(monkey
     assert isinstance(faults(1), NunerError)
     health.answered()
     assert faults(retry.OUTAGE_FAULTS) is None and health.silent_for == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "at_a_time", "units", "stops"),
+    [
+        ("connection", 8, 2, False),  # perhaps these two bring it down
+        ("connection", 2, 2, True),  # there are no others
+        ("unreachable", 8, 1, True),  # which no unit can be to blame for
+    ],
+)
+def test_how_few_units_show_that_an_endpoint_is_down(monkeypatch, reason, at_a_time, units, stops):
+    now = [0.0]
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
+    health, fault = retry.Health(1.0, at_a_time, proven=True), EndpointFault(reason, retry=True)
+    for n in range(retry.OUTAGE_FAULTS):
+        now[0] += retry.OUTAGE_STRETCH / (retry.OUTAGE_FAULTS - 1)
+        health.judge(work(n % units), fault, 6)
+    assert bool(health.reason_to_stop(fault, "it")) is stops

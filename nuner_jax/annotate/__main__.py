@@ -1,6 +1,6 @@
 """Annotates text with a language model: `python -m nuner_jax.annotate --config=configs/annotate_openai.py:MODEL`.
 
-Started again with the same workdir, it goes on where it was; nothing that was paid for is asked again.
+Started again with the same workdir, it goes on where it was; no answer that arrived is asked for again.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.units import Completed
+from nuner_jax.annotate.workdir import ALIGNED_FILE, COUNTS_FILE, REJECTED_FILE
 from nuner_jax.data.align import DELIMITER, AlignOptions, Annotation, align
 from nuner_jax.data.completions import Completion, Rejected, parse_completion
 from nuner_jax.data.concepts import normalise_case, plural_forms
@@ -36,9 +37,6 @@ from nuner_jax.data.importers.rows import text_lines
 from nuner_jax.data.records import Entity, Record
 from nuner_jax.folders import writing
 
-ALIGNED_FILE = "aligned.jsonl.gz"
-REJECTED_FILE = "rejected.jsonl.gz"
-COUNTS_FILE = "align.json"
 OUTCOMES = ("kept", "dropped_concept", "unlabelled_left_out", "failed", "pending")
 
 
@@ -249,6 +247,7 @@ def align_journal(config: ConfigDict, journal: Journal, workdir: Path, say: Call
                     digest.update(keep(unit.row()))
                 for row in unit.rejected_rows():
                     reject(row)
+            (workdir / COUNTS_FILE).unlink(missing_ok=True)  # it vouches for the two others, so it comes last
         content = {
             **counts.as_dict(),
             "options": options_dict(config, options),
@@ -305,6 +304,19 @@ def summary_lines(counts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def share(part: int, whole: int) -> str:
+    """A part in percent of the whole; only nothing is 0.00%, and only all is 100.00%."""
+    if not whole:
+        return "none"
+    if 0 < part < whole:
+        hundredths = 10_000 * part / whole
+        if hundredths < 1:
+            return "<0.01%"
+        if hundredths > 9999:
+            return ">99.99%"
+    return f"{part / whole:.2%}"
+
+
 def _parsed(completed: Completed) -> Completion:
     return parse_completion(completed.completion, completed.text, cut=completed.finish == "length")
 
@@ -357,6 +369,5 @@ def _reasons(counts: Mapping[str, int]) -> Iterable[str]:
     return (f"      {reason} {count:,}" for reason, count in counts.items())
 
 
-def _line(name: str, count: int, whole: int | None = None) -> str:
-    share = f"{count / whole:9.2%}" if whole else ""
-    return f"{name:<26}{count:>12,}{share}"
+def _line(name: str, count: int, whole: int = 0) -> str:
+    return f"{name:<26}{count:>12,}{share(count, whole) if whole else '':>9}".rstrip()

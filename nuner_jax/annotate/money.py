@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from nuner_jax.annotate.journal.journal import Sample, Totals
 from nuner_jax.annotate.units import Usage
+from nuner_jax.errors import NunerError
 from nuner_jax.writers import duration
 
 PICO = 10**12
@@ -43,7 +44,7 @@ def dollars(amount: float) -> str:
 class Prices:
     """What tokens cost, in picodollars each, exactly.
 
-    known: whether a price was given for prompt and completion; if not, everything costs 0.
+    known: whether a price was given for prompt and completion.
     """
 
     known: bool
@@ -52,27 +53,32 @@ class Prices:
     completion: Fraction
 
     @classmethod
-    def make(cls, config: ConfigDict) -> Prices:
-        """Those of `config.price`: the Batch API costs its share of them, a replay nothing."""
-        price = config.price
-        if config.endpoint.kind == "replay":
+    def make(cls, config: ConfigDict, kind: str | None = None) -> Prices:
+        """Those of `config.price`, for a kind of endpoint (None: the config's).
+
+        The Batch API costs its share of them, a replay nothing.
+        """
+        price, kind = config.price, kind or config.endpoint.kind
+        if kind == "replay":
             return cls(True, Fraction(0), Fraction(0), Fraction(0))
         if price.input is None or price.output is None:
             return cls(False, Fraction(0), Fraction(0), Fraction(0))
         cached = price.input if price.cached is None else price.cached
-        share = Fraction(str(price.batch)) if config.endpoint.kind == "batch" else Fraction(1)
+        share = Fraction(str(price.batch)) if kind == "batch" else Fraction(1)
         # Dollars per million tokens are millions of picodollars per token.
         return cls(True, *(Fraction(str(one)) * 10**6 * share for one in (price.input, cached, price.output)))
 
-    def of(self, usage: Usage) -> int:
-        """What an answer cost, rounded up to a picodollar."""
+    def of(self, usage: Usage) -> int | None:
+        """What an answer cost, rounded up to a picodollar; None if prices are not known."""
+        if not self.known:
+            return None
         cached = min(usage.cached, usage.prompt)
         return math.ceil(
             (usage.prompt - cached) * self.prompt + cached * self.cached + usage.completion * self.completion
         )
 
     def worst(self, body: Mapping[str, Any], max_tokens: int) -> int:
-        """The most that a request can cost: see `most_tokens`."""
+        """The most that a request can cost, 0 if prices are not known: see `most_tokens`."""
         prompt, completion = most_tokens(body, max_tokens)
         return math.ceil(prompt * max(self.prompt, self.cached) + completion * self.completion)
 
@@ -83,11 +89,23 @@ def most_tokens(body: Mapping[str, Any], max_tokens: int) -> tuple[int, int]:
     A token of a byte-level tokenizer stands for at least one byte, so the prompt has no more tokens than the body has
     bytes of UTF-8 (messages, schema, tools and all), and `TEMPLATE_TOKENS` for each message and once for all of them.
     The completion ends at `max_tokens`, or at the limit that the body itself names, times the `n` answers it asks for.
+
+    Raises:
+      NunerError: one of these is in the body, but no whole number: who knows what a server makes of it.
     """
     size = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    limits = (body.get(key) for key in ("max_tokens", "max_completion_tokens"))
-    longest = max([max_tokens, *(limit for limit in limits if isinstance(limit, int))])
-    return size + TEMPLATE_TOKENS * (len(body["messages"]) + 1), longest * max(1, body.get("n") or 1)
+    longest = max(max_tokens, _whole(body, "max_tokens"), _whole(body, "max_completion_tokens"))
+    return size + TEMPLATE_TOKENS * (len(body["messages"]) + 1), longest * _whole(body, "n")
+
+
+def _whole(body: Mapping[str, Any], key: str) -> int:
+    value = body.get(key, 1)
+    if type(value) is not int or value < 1:
+        raise NunerError(
+            f"config.endpoint.extra: {key} = {json.dumps(value)} leaves open what a request can cost; give a whole "
+            "number above 0, or leave it out"
+        )
+    return value
 
 
 class Budget:
@@ -121,10 +139,10 @@ class Budget:
         self.reserved += amount
         return True
 
-    def settle(self, reserved: int, cost: int, unsure: int = 0) -> None:
-        """Replaces what was set aside for a request by what it cost, and what it may have cost."""
+    def settle(self, reserved: int, cost: int | None, unsure: int = 0) -> None:
+        """Replaces what was set aside for a request by what it cost (None: not known), and what it may have cost."""
         self.reserved -= reserved
-        self.spent += cost
+        self.spent += cost or 0
         self.unsure += unsure
 
 
@@ -170,21 +188,22 @@ class Estimate:
         """For a person; `left` is what the budget still has, in picodollars (None: no limit)."""
         if not self.units:
             return [f"no estimate: none of {self.requests:,} requests brought a unit to its end"]
+        costs = self.known and self.unit_cost > 0  # a server of one's own costs nothing
         tokens = f"{self.prompt_tokens:,.0f} + {self.completion_tokens:,.0f} tokens a unit"
         lines = [f"measured on {_count(self.requests, 'request')} ({_count(self.units, 'unit')}): {tokens}"]
-        if self.known:
+        if costs:
             lines[0] += f", {dollars(self.unit_cost)} a unit{_interval(self._of_unit())}"
         if not self.remaining:
             return lines
         rest = [
             f"{_short(self.prompt_tokens * self.remaining)} + {_short(self.completion_tokens * self.remaining)} tokens"
         ]
-        if self.known:
+        if costs:
             rest.append(f"{dollars(self.total)}{_interval(self.interval)}")
         if self.seconds is not None:
             rest.append(f"about {duration(self.seconds)}")
         lines.append(f"{_count(self.remaining, 'unit')} to go: {', '.join(rest)}")
-        if self.known and left is not None:
+        if costs and left is not None:
             lines.extend(self._of_budget(left))
         return lines
 
@@ -255,6 +274,8 @@ class Bracket:
         ]
         if not self.known:
             return [*lines, "cost not known: set config.price.input and config.price.output"]
+        if not self.high:
+            return [*lines, "no cost: config.price says 0"]
         lines.append(
             f"between {dollars(self.low)} and {dollars(self.high)}; a pilot (config.request.pilot) measures it closer"
         )

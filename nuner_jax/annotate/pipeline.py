@@ -1,14 +1,7 @@
-"""The stages of annotation in their order, and the folder in which they hand over to each other.
+"""The stages of annotation in their order.
 
-    WORKDIR/
-      config.json          the config, resolved
-      selection/           select: units.jsonl.gz, selection.json
-      journal.sqlite       request: every attempt, its answer and its cost
-      aligned.jsonl.gz     align: records; rejected.jsonl.gz and align.json beside it
-      shards/              build: the data set that pre-training reads
-      report/              report: index.html, DATA_CARD.md, figures, concepts.csv
-
-Each stage reads what the one before wrote, so each can run by itself, and again.
+Each reads what the ones before left in the folder of the run (`workdir.py` lists it), so each can run by itself, and
+again.
 """
 
 from __future__ import annotations
@@ -32,6 +25,18 @@ from nuner_jax.annotate.request import batch
 from nuner_jax.annotate.request import live as request
 from nuner_jax.annotate.request.endpoints import Endpoint, LiveEndpoint, ReplayEndpoint
 from nuner_jax.annotate.selection.select import read_units, select
+from nuner_jax.annotate.workdir import (
+    ALIGNED_FILE,
+    CONFIG_FILE,
+    COUNTS_FILE,
+    JOURNAL_FILE,
+    SELECTION_FILE,
+    SELECTION_FOLDER,
+    SHARDS_FOLDER,
+    UNITS_FILE,
+    of_stage,
+    read_json,
+)
 from nuner_jax.data import builder
 from nuner_jax.data.importers import resolve_inputs
 from nuner_jax.errors import NunerError
@@ -39,8 +44,6 @@ from nuner_jax.folders import locked, writing
 from nuner_jax.writers import Console
 
 STAGES = ("select", "request", "align", "build", "report")
-JOURNAL_FILE = "journal.sqlite"
-UNITS_FILE = Path("selection", "units.jsonl.gz")
 
 
 def annotate(
@@ -70,21 +73,28 @@ def annotate(
         workdir.mkdir(parents=True, exist_ok=True)
         if "request" in stages and not dry_run:
             _check_before(config, prompt, workdir)
-        config_lib.save(config, workdir / "config.json")
+        config_lib.save(config, workdir / CONFIG_FILE)
         if "select" in stages or dry_run:
-            select(config, workdir / "selection", console.say)
+            select(config, workdir / SELECTION_FOLDER, console.say)
         if dry_run:
-            show_plan(config, prompt, workdir / UNITS_FILE, workdir / JOURNAL_FILE, console.say)
+            units_file = workdir / SELECTION_FOLDER / UNITS_FILE
+            show_plan(config, prompt, units_file, workdir / JOURNAL_FILE, console.say)
             return
         if "request" in stages and not _request(config, prompt, workdir, console, pilot_only):
             return
         if "align" in stages:
             _align(config, workdir, console)
+        failure = None
         if "build" in stages:
-            build(config, workdir, console.say)
+            try:
+                build(config, workdir, console.say)
+            except NunerError as error:  # where nothing was aligned, the report tells why
+                failure = error
         if "report" in stages:
-            page = report_lib.write_report(config, prompt, workdir)
+            page = report_lib.write_report(config, workdir)
             console.say(f"report       {page}")
+        if failure:
+            raise failure
 
 
 def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
@@ -105,13 +115,14 @@ def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
         )
     key = hashlib.sha256(json.dumps([_identity(config), config.to_json_best_effort()]).encode()).hexdigest()
     workdir = cache_dir / f"{Path(config_file).stem}-{key[:12]}"
-    if not builder.is_built(workdir / "shards"):
+    shards = workdir / SHARDS_FOLDER
+    if not builder.is_built(shards):
         with locked(workdir):
-            if not builder.is_built(workdir / "shards"):
+            if not builder.is_built(shards):
                 annotate(config, workdir, Console(active=False))
-        if not builder.is_built(workdir / "shards"):  # a signal
+        if not builder.is_built(shards):  # a signal
             raise NunerError(f"{config_file}: stopped before its shards were built; the same command goes on")
-    return workdir / "shards"
+    return shards
 
 
 def _check_before(config: ConfigDict, prompt: Prompt, workdir: Path) -> None:
@@ -136,10 +147,10 @@ def _check_before(config: ConfigDict, prompt: Prompt, workdir: Path) -> None:
 
 def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console, pilot_only: bool) -> bool:
     """Asks for what is not answered yet; whether the next stages are to go on."""
-    selection = workdir / "selection"
-    fingerprint = _read(selection / "selection.json", "select")["fingerprint"]
+    selection = workdir / SELECTION_FOLDER
+    fingerprint = read_json(selection / SELECTION_FILE, "select")["fingerprint"]
     with Journal.open(workdir / JOURNAL_FILE, _identity(config, prompt)) as journal:
-        journal.set_units(read_units(workdir / UNITS_FILE), fingerprint)
+        journal.set_units(read_units(selection / UNITS_FILE), fingerprint)
         if config.request.retry_failed and (again := journal.retry_failed()):
             console.say(f"request      {again:,} failed units are asked for again")
         if config.endpoint.kind == "batch":
@@ -165,7 +176,7 @@ def make_endpoint(config: ConfigDict) -> Endpoint:
 
 
 def _align(config: ConfigDict, workdir: Path, console: Console) -> None:
-    with Journal.open(_existing(workdir / JOURNAL_FILE, "request"), read_only=True) as journal:
+    with Journal.open(of_stage(workdir / JOURNAL_FILE, "request"), read_only=True) as journal:
         alignment.align_journal(config, journal, workdir, console.say)
 
 
@@ -181,14 +192,14 @@ def build(config: ConfigDict, workdir: Path, say: Callable[[str], None], *, beam
     Raises:
       NunerError: nothing is aligned yet, or the shards cannot be written.
     """
-    counts = _read(workdir / alignment.COUNTS_FILE, "align")
+    counts = read_json(workdir / COUNTS_FILE, "align")
     made_of = {"aligned": counts["sha256"], "validation_fraction": config.build.validation_fraction}
-    shards = workdir / "shards"
+    shards = workdir / SHARDS_FOLDER
     stored = builder.read_report(shards) if builder.is_built(shards) else {}
     fresh = any(stored.get(key) != value for key, value in made_of.items())
     if fresh:
         builder.build(
-            alignment.read_records(workdir / alignment.ALIGNED_FILE),
+            alignment.read_records(workdir / ALIGNED_FILE),
             shards,
             validation_fraction=config.build.validation_fraction,
             overwrite=True,
@@ -209,13 +220,3 @@ def _identity(config: ConfigDict, prompt: Prompt | None = None) -> dict:
     keys = ("model", "temperature", "top_p", "max_tokens", "extra")
     prompt = prompt or Prompt.make(config.prompt)
     return {**{key: config.endpoint[key] for key in keys}, **prompt.identity()}
-
-
-def _read(path: Path, stage: str) -> dict:
-    return json.loads(_existing(path, stage).read_text(encoding="utf-8"))
-
-
-def _existing(path: Path, stage: str) -> Path:
-    if not path.exists():
-        raise NunerError(f"{path} does not exist: run the stage {stage} first (--stages={stage},…)")
-    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 
 from ml_collections import ConfigDict, config_dict
 
@@ -13,6 +14,7 @@ CHOICES = {
     "source.unit": ("sentence", "passage", "row"),
     "source.duplicates": ("exact", "near"),
     "endpoint.kind": ("live", "batch", "replay"),
+    "endpoint.max_tokens_key": ("max_completion_tokens", "max_tokens"),
     "align.occurrences": ("every", "first"),
     "align.match": ("tolerant", "exact"),
 }
@@ -76,8 +78,16 @@ def check(config: ConfigDict) -> None:
         extra = None
     if not isinstance(extra, dict):
         raise NunerError(f"config.endpoint.extra = {config.endpoint.extra!r}: a JSON object, such as '{{\"seed\": 1}}'")
+    if taken := sorted({"messages", "model", "stream"} & extra.keys()):
+        raise NunerError(f"config.endpoint.extra: {', '.join(taken)} cannot be set there: other keys decide it")
     if config.endpoint.kind == "replay":
         return
+    address = urllib.parse.urlsplit(config.endpoint.base_url)
+    if address.username or address.password or address.query or address.fragment:  # it is stored, and shown
+        raise NunerError(
+            "config.endpoint.base_url holds a user, a password or a query: put the key into the environment variable "
+            f"{config.endpoint.key_variable or 'that config.endpoint.key_variable names'}, and the bare address here"
+        )
     if not config.endpoint.model:
         raise NunerError("config.endpoint.model is not set: name the model as the endpoint does")
     missing = [key for key in ("input", "output") if config.price[key] is None]
@@ -104,7 +114,7 @@ def annotate() -> ConfigDict:
             "request": {
                 "max_concurrency": 64,  # requests in flight at most; fewer while the endpoint says it is too much
                 "timeout": 120.0,  # seconds of one request
-                "max_attempts": 6,  # times that one unit is asked for at most
+                "max_attempts": 6,  # times that one unit is asked for in one start, overloads and outages aside
                 "backoff": 1.0,  # seconds before the second attempt; doubles, with jitter, up to 60
                 "pilot": 20,  # units asked first, from which the cost of all is estimated; 0: none
                 "budget": config_dict.placeholder(float),  # dollars, never exceeded; None: no limit

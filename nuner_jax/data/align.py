@@ -29,11 +29,12 @@ _UNSPACED = re.compile(
 )
 
 
-# What the tolerant match takes for the same: quotes, dashes, and what is not seen.
+# What the tolerant match takes for the same: quotes, dashes, slashes, and what is not seen.
 _SAME = {
     **dict.fromkeys("'`´‘’‚‛‹›′ʼ＇", "'"),
     **dict.fromkeys('"“”„‟″«»＂', '"'),
     **dict.fromkeys("-‐‑‒–—―−﹘﹣－", "-"),
+    **dict.fromkeys("/⁄∕／", "/"),  # the first foreign one is in "½", decomposed
     **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),
 }
 _JOINERS = "\u00ad\u200c\u200d\u2060\ufeff"  # a word goes on behind a soft hyphen; a zero-width space divides
@@ -62,7 +63,7 @@ class AlignOptions:
 
     occurrences: "every" place of a surface, or its "first" only.
     match: "exact", or "tolerant": a surface without an exact place is looked for without regard to
-      case, Unicode form, the kinds of quotes, dashes and white space, and counts if that leaves one
+      case, Unicode form, the kinds of quotes, dashes, slashes and white space, and counts if that leaves one
       place only.
     min_chars, max_chars: characters of a mention; None: no limit.
     """
@@ -185,7 +186,7 @@ def align(text: str, annotations: Iterable[Annotation], options: AlignOptions = 
 
 
 def fold(name: str) -> str:
-    """`name` without regard to case, Unicode form (NFKC), the kinds of quotes, dashes and white space.
+    """`name` without regard to case, Unicode form (NFKC), the kinds of quotes, dashes, slashes and white space.
 
     Two strings that differ in nothing else have the same folded form; zero-width characters and soft hyphens have none.
     """

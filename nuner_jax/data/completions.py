@@ -336,9 +336,11 @@ def _unwrapped(name: str, opener: str, closer: str) -> str | None:
 def _tidied(name: str, stray: str) -> str:
     """A concept or description without markup and without `stray` characters at its end."""
     for _ in range(_LAYERS):
-        before, name = name, _unescaped(name).rstrip(stray + _BLANK)
-        inner = (_unwrapped(name, *pair) for pair in _PAIRS if pair[0] not in "([")
-        name = next((one for one in inner if one is not None), name)
+        before, name = name, _unescaped(name)
+        if not (name[:1].isalnum() and name[-1:].isalnum()):  # as nearly all do: then there is no markup
+            name = name.rstrip(stray + _BLANK)
+            inner = (_unwrapped(name, *pair) for pair in _PAIRS if pair[0] not in "([")
+            name = next((one for one in inner if one is not None), name)
         if name == before:
             break
     return name

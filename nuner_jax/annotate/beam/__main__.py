@@ -18,11 +18,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from nuner_jax import config as config_lib
-from nuner_jax.annotate import alignment, pipeline
+from nuner_jax.annotate import pipeline
 from nuner_jax.annotate.beam import files
 from nuner_jax.annotate.beam.align import align
 from nuner_jax.annotate.beam.runner import is_dataflow, pipeline_options, runner, worker_errors
 from nuner_jax.annotate.beam.select import select
+from nuner_jax.annotate.workdir import ALIGNED_FILE, COUNTS_FILE, JOURNAL_FILE
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.folders import local_path, writing
 from nuner_jax.writers import Console
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         if "select" in stages:
             select(config, workdir, run, console.say, shards=given.shards)
         if "align" in stages:
-            journals = given.journals or [files.join(workdir, "journal.sqlite")]
+            journals = given.journals or [files.join(workdir, JOURNAL_FILE)]
             align(config, journals, workdir, run, console.say)
         if "build" in stages:
             with worker_errors():
@@ -65,8 +66,8 @@ def _usable(workdir: str, stages: Sequence[str], options: Any) -> str:
         return str(local_path(workdir))
     if "build" in stages:
         raise NunerError(
-            f"--workdir={workdir}: shards cannot be written to a bucket; copy {alignment.COUNTS_FILE} and "
-            f"{alignment.ALIGNED_FILE} to a folder that all workers see, and run --stages=build there"
+            f"--workdir={workdir}: shards cannot be written to a bucket; copy {COUNTS_FILE} and "
+            f"{ALIGNED_FILE} to a folder that all workers see, and run --stages=build there"
         )
     files.exists(workdir)  # there may be no file system for it
     return workdir

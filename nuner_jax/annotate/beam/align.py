@@ -26,11 +26,12 @@ from nuner_jax.annotate.beam.runner import Run
 from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.selection.duplicates import rank
 from nuner_jax.annotate.units import Completed
+from nuner_jax.annotate.workdir import ALIGNED_FILE, COUNTS_FILE, REJECTED_FILE
 from nuner_jax.data.concepts import plural_forms
 from nuner_jax.errors import NunerError
 
 _BATCH = 256  # units that are handed to a worker together
-_FILES = {"aligned": alignment.ALIGNED_FILE, "rejected": alignment.REJECTED_FILE}
+_FILES = {"aligned": ALIGNED_FILE, "rejected": REJECTED_FILE}
 
 
 def align(config: ConfigDict, journals: Sequence[str], workdir: str, run: Run, say: Callable[[str], None]) -> None:
@@ -65,12 +66,13 @@ def align(config: ConfigDict, journals: Sequence[str], workdir: str, run: Run, s
             "selection": ", ".join(sorted(set(files.read_json(files.join(folder, "selections.json"))))),
             "sha256": digest.hexdigest(),
         }
+        files.remove(files.join(workdir, COUNTS_FILE))  # it vouches for the two others, so it comes last
         for name, target in _FILES.items():
             with files.replacing(files.join(workdir, target)) as whole:
                 for part in files.parts_in_order(folder, name):  # gzip files one after the other are a gzip file
                     with files.open_binary(part) as file:
                         shutil.copyfileobj(file, whole)
-        files.write_json(content, files.join(workdir, alignment.COUNTS_FILE))
+        files.write_json(content, files.join(workdir, COUNTS_FILE))
     for line in alignment.summary_lines(content):
         say(line)
 

@@ -99,6 +99,13 @@ def write_json(content: Any, path: str) -> None:
         file.write(json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
+def remove(path: str) -> None:
+    """Deletes a file if it is there."""
+    with _named(path):
+        if _file_systems().exists(path):
+            _file_systems().delete([path])
+
+
 def read_json(path: str) -> Any:
     """What `write_json` wrote; raises `NunerError` if it is missing."""
     with open_binary(path) as file:

@@ -25,13 +25,13 @@ from nuner_jax.annotate.beam import files
 from nuner_jax.annotate.beam.runner import Run
 from nuner_jax.annotate.selection import select as one_machine
 from nuner_jax.annotate.selection.duplicates import bands, near_in_group, rank, signature
-from nuner_jax.annotate.selection.filters import REASONS, UnitFilter, unit_splitter
-from nuner_jax.annotate.selection.sources import resolve
+from nuner_jax.annotate.selection.filters import UnitFilter, check_settings, unit_splitter
+from nuner_jax.annotate.selection.sources import no_text, resolve
 from nuner_jax.annotate.units import Unit
+from nuner_jax.annotate.workdir import SELECTION_FILE, SELECTION_FOLDER, UNITS_FILE
 from nuner_jax.data.importers import SAMPLE
-from nuner_jax.data.importers.report import PLACES_KEPT, Tally, kind_lines
+from nuner_jax.data.importers.report import PLACES_KEPT, Tally
 from nuner_jax.data.importers.rows import MalformedRow
-from nuner_jax.errors import NunerError
 
 _PREFIX_BYTES = 2  # of ranks that are counted together to find how far the sample may reach
 
@@ -64,10 +64,8 @@ def select(config: ConfigDict, workdir: str, run: Run, say: Callable[[str], None
       NunerError: as the stage on one machine.
     """
     began = time.monotonic()
-    size = config.source.size
-    limit = size
-    if size is not None and config.source.duplicates == "near":
-        limit = int(one_machine.SPARE * size) + one_machine.SPARE_UNITS
+    check_settings(config.source)
+    limit = one_machine.units_held(config.source)
     parts = parts_of(config.source)
     with files.scratch(workdir) as folder:
         while True:
@@ -78,10 +76,10 @@ def select(config: ConfigDict, workdir: str, run: Run, say: Callable[[str], None
             limit *= 2
             say(f"selection    too many near duplicates: reading again, and holding {limit:,}")
         for shard in range(shards):
-            own, target, name = config, files.join(workdir, "selection"), ""
+            own, target, name = config, files.join(workdir, SELECTION_FOLDER), ""
             if shards > 1:
                 own, name = config.copy_and_resolve_references(), f"shard-{shard}-of-{shards}"
-                own.source.shard, target = f"{shard}/{shards}", files.join(workdir, name, "selection")
+                own.source.shard, target = f"{shard}/{shards}", files.join(workdir, name, SELECTION_FOLDER)
             for line in one_machine.summary_lines(candidates.write(own, target, began)):
                 say(f"{name} {line}" if name else line)
 
@@ -228,30 +226,24 @@ class _Candidates:
         _check_not_empty(list(dict.fromkeys(config.source.paths)), reports)
         self._inputs = [identity for report in reports for identity in report["identity"]]
         self._malformed = _merged(reports)
-        self._counts = dict.fromkeys(("texts", "malformed", "units", *one_machine.LEFT_OUT, "selected"), 0)
+        self._counts = one_machine.no_counts()
         self._counts["malformed"] = self._malformed.total()
         for key, count in itertools.chain(*(report["counts"].items() for report in reports)):
             self._counts[key] += count
-        chosen = self._count(config.source.size)
-        if not chosen:
-            counts = ", ".join(f"{key} {self._counts[key]:,}" for key in one_machine.LEFT_OUT if self._counts[key])
-            raise NunerError(f"{', '.join(config.source.paths)}: no unit is left ({counts}); see config.source")
+        chosen = self._count(config.source)
         self.too_few = config.source.size is not None and chosen < config.source.size and self._beyond()
 
-    def _count(self, size: int | None) -> int:
-        """How many units are chosen; and up to the last of them, what repeats another, and what lies beyond."""
+    def _count(self, source: ConfigDict) -> int:
+        """How many units are chosen; counts what is not."""
         chosen = repeats = 0
         self._reached = 0
         for row in self._rows():
             self._reached += 1
             repeats += row["repeats"]
             chosen += not row["near"]
-            if chosen == size:
+            if chosen == source.size:
                 break
-        offered = self._counts["units"] - sum(self._counts[reason] for reason in REASONS)
-        self._counts["near_duplicate"] = self._reached - chosen
-        self._counts["duplicate"] = repeats
-        self._counts["beyond_sample"] = offered - self._reached - repeats
+        one_machine.count_left_out(self._counts, source, reached=self._reached, chosen=chosen, repeats=repeats)
         return chosen
 
     def _beyond(self) -> bool:
@@ -271,17 +263,14 @@ class _Candidates:
         content = {
             "counts": dict(self._counts),
             "malformed": self._malformed.as_dict(),
-            "version": one_machine.FORMAT_VERSION,
-            "source": json.loads(json.dumps(config.source.to_dict())),
-            "seed": config.seed,
-            "inputs": self._inputs,
+            **one_machine.provenance(config, self._inputs),
         }
         if not files.is_remote(target):
             return one_machine.write_selection(Path(target), units, config.source.shard, content, began)
         with tempfile.TemporaryDirectory(prefix="nuner_jax-") as temporary:
-            local = Path(temporary) / "selection"
+            local = Path(temporary) / SELECTION_FOLDER
             content = one_machine.write_selection(local, units, config.source.shard, content, began)
-            for name in (one_machine.UNITS_FILE, one_machine.SELECTION_FILE):
+            for name in (UNITS_FILE, SELECTION_FILE):
                 files.upload(local / name, files.join(target, name))
         return content
 
@@ -301,9 +290,7 @@ def _check_not_empty(entries: Sequence[str], reports: Sequence[Mapping[str, Any]
     for number, entry in enumerate(entries):
         own = [report for report in reports if report["place"][0] == number]
         if all(report["empty"] for report in own):
-            faults = _merged(own)
-            why = f"; malformed rows: {'; '.join(kind_lines(faults.as_dict(), places=3))}" if faults.total() else ""
-            raise NunerError(f"{entry}: holds no text{why}")
+            raise no_text(entry, _merged(own))
 
 
 def _only(source: ConfigDict, entry: str) -> ConfigDict:

@@ -41,7 +41,8 @@ CREATE UNIQUE INDEX units_in_order ON units (position);
 CREATE INDEX units_pending ON units (position) WHERE state = 'pending' AND position IS NOT NULL;
 
 -- One row per unit and attempt. request: serial of its first row; that row holds the money (picodollars), the
--- tokens and the answer's id of the whole request, and each row the completion of its own unit.
+-- tokens and the answer's id of the whole request, and each row the completion of its own unit. cost: NULL while no
+-- price is known.
 CREATE TABLE attempts (
   serial INTEGER PRIMARY KEY,
   request INTEGER NOT NULL,
@@ -50,7 +51,7 @@ CREATE TABLE attempts (
   attempt INTEGER NOT NULL,
   state TEXT NOT NULL DEFAULT 'asked' CHECK (state IN ('asked', 'done', 'retry', 'failed', 'lost')),
   reserved INTEGER NOT NULL DEFAULT 0,
-  cost INTEGER NOT NULL DEFAULT 0,
+  cost INTEGER DEFAULT 0,
   unsure INTEGER NOT NULL DEFAULT 0,
   prompt_tokens INTEGER NOT NULL DEFAULT 0,
   completion_tokens INTEGER NOT NULL DEFAULT 0,
@@ -299,8 +300,10 @@ def _plain(path: Path, mode: str, more: str = "") -> sqlite3.Connection:
 def _reader(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise NunerError(_NONE_YET.format(path))
-    db = _plain(path, "ro")
+    # Where it may, the connection opens for writing, although it never does: so its end tidies the WAL away.
+    db = _plain(path, "rw" if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else "ro")
     try:
+        db.execute("PRAGMA query_only = ON")
         db.execute("SELECT 1 FROM sqlite_master").fetchone()
         return db
     except sqlite3.OperationalError:

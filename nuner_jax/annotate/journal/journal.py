@@ -12,7 +12,7 @@ import itertools
 import json
 import operator
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,10 @@ class Journal:
         """Failed units of the selection become pending, with attempts counted from 0 again; returns how many."""
         return self._write(rows.retry_failed)
 
+    def price(self, live: Callable[[Usage], int | None], batch: Callable[[Usage], int | None]) -> None:
+        """Prices the answers that came while no price was known: what `live` or `batch` makes of their usage."""
+        self._write(functools.partial(rows.price, live=live, batch=batch))
+
     # Requests
 
     async def begin(self, units: Sequence[Pending], reserved: int) -> str:
@@ -161,7 +165,7 @@ class Journal:
         *,
         answer_id: str = "",
         usage: Usage | None = None,
-        cost: int = 0,
+        cost: int | None = 0,
         unsure: int = 0,
     ) -> None:
         """Records what became of a request.
@@ -171,7 +175,7 @@ class Journal:
           outcomes: one for each of its units.
           answer_id: the endpoint's name of the answer.
           usage: tokens of the whole request; None: not known.
-          cost: picodollars of the whole request.
+          cost: picodollars of the whole request; None: its price is not known.
           unsure: picodollars that may have been billed, at most, though no answer says so.
 
         Raises:
@@ -225,6 +229,18 @@ class Journal:
         )
         for request, units in itertools.groupby(found, key=operator.itemgetter(0)):
             yield str(request), [Pending(*unit) for _, *unit in units]
+
+    def reserved(self, request: str) -> int:
+        """Picodollars set aside for a request in flight."""
+        return self._rows("SELECT reserved FROM attempts WHERE serial = ?", (int(request),))[0][0]
+
+    def reserve(self, amounts: Iterable[tuple[str, int]]) -> None:
+        """Sets aside other amounts (picodollars) for requests in flight."""
+        self._write(functools.partial(rows.reserve, amounts=list(amounts)))
+
+    def release(self, key: str) -> None:
+        """Takes apart a batch that the endpoint never had: its units are pending, as if it had not been begun."""
+        self._write(functools.partial(rows.release, key=key))
 
     def finish_many(self, ends: Iterable[Finish]) -> None:
         """`finish` for many requests, in one transaction: all of them or, with an error, none."""

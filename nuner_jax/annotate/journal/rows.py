@@ -6,7 +6,7 @@ import json
 import operator
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ class Totals:
 
     units, pending, done, failed: units of the selection; `pending` are those without an end yet, asked or not.
     attempts: units asked for, repeats counted. in_flight: of them, those without an outcome yet.
-    lost: those whose process ended before it.
-    spent: what answers cost. reserved: what those in flight may cost at most. unsure: what may have been billed
-      without an answer reaching us (timeouts, cut connections, lost attempts), at most.
+    lost: those whose process ended before it, and those of batches that were never sent.
+    spent: what answers cost, as far as prices were known. reserved: what those in flight may cost at most. unsure: what
+      may have been billed without an answer reaching us (timeouts, cut connections, lost attempts), at most.
     began, ended: seconds since 1970 of the first attempt and of the last outcome; None if there is none.
     """
 
@@ -76,7 +76,7 @@ class Finish(NamedTuple):
     outcomes: Sequence[Outcome]
     answer_id: str = ""
     usage: Usage | None = None
-    cost: int = 0
+    cost: int | None = 0
     unsure: int = 0
 
 
@@ -200,7 +200,7 @@ def finish(db: sqlite3.Connection, end: Finish) -> tuple[None, Totals]:
         prompt_tokens=usage.prompt,
         completion_tokens=usage.completion,
         cached_tokens=usage.cached,
-        spent=end.cost,
+        spent=end.cost or 0,
         reserved=-sum(reserved for _, _, reserved, _ in rows),
         unsure=end.unsure,
         ended=now,
@@ -220,17 +220,45 @@ def lose(db: sqlite3.Connection) -> tuple[int, None]:
 
     Those of an open batch are not: the endpoint keeps their answers.
     """
-    lost = (
-        "state = 'asked' AND (batch IS NULL OR batch NOT IN "
-        "(SELECT key FROM batches WHERE state IN ('prepared', 'submitted')))"
+    open_ = "SELECT key FROM batches WHERE state IN ('prepared', 'submitted')"
+    return _excuse(db, f"(batch IS NULL OR batch NOT IN ({open_}))", "unsure = reserved, error = 'lost'"), None
+
+
+def release(db: sqlite3.Connection, key: str) -> tuple[None, None]:
+    """Takes apart a batch that never reached the endpoint: its units are pending again, and nothing was billed."""
+    _excuse(db, f"batch = {int(key)}", "error = 'not_sent'")
+    set_batch(db, key, state="failed")
+    return None, None
+
+
+def reserve(db: sqlite3.Connection, amounts: Iterable[tuple[str, int]]) -> tuple[None, None]:
+    """Other amounts for requests in flight."""
+    db.executemany(
+        "UPDATE attempts SET reserved = ? WHERE serial = ? AND state = 'asked'",
+        ((amount, int(request)) for request, amount in amounts),
     )
-    # Not a fault of the unit: it does not count against the limit of attempts.
-    units = f"id IN (SELECT unit FROM attempts WHERE {lost})"
+    return None, None
+
+
+def _excuse(db: sqlite3.Connection, which: str, change: str) -> int:
+    """Ends attempts in flight as lost; no fault of their units, so it does not count against the limit of attempts."""
+    which = f"state = 'asked' AND {which}"
+    units = f"id IN (SELECT unit FROM attempts WHERE {which})"
     db.execute(f"UPDATE units SET state = 'pending', excused = excused + 1 WHERE {units}")
-    rows = db.execute(
-        f"UPDATE attempts SET state = 'lost', unsure = reserved, error = 'lost', ended = ? WHERE {lost}", (time.time(),)
-    )
-    return rows.rowcount, None
+    return db.execute(f"UPDATE attempts SET state = 'lost', {change}, ended = ? WHERE {which}", (time.time(),)).rowcount
+
+
+def price(
+    db: sqlite3.Connection, live: Callable[[Usage], int | None], batch: Callable[[Usage], int | None]
+) -> tuple[None, None]:
+    """Prices the answers that came while no price was known, those of batches by their own."""
+    unpriced = db.execute(
+        "SELECT serial, batch IS NOT NULL, prompt_tokens, completion_tokens, cached_tokens FROM attempts "
+        "WHERE cost IS NULL"
+    ).fetchall()
+    costs = (((batch if batched else live)(Usage(*tokens)), serial) for serial, batched, *tokens in unpriced)
+    db.executemany("UPDATE attempts SET cost = ? WHERE serial = ?", costs)
+    return None, None
 
 
 def retry_failed(db: sqlite3.Connection) -> tuple[int, None]:

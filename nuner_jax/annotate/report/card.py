@@ -5,6 +5,7 @@ The card has the form of the Hugging Face Hub: YAML with the Hub's names, then M
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import time
@@ -16,8 +17,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import nuner_jax
+from nuner_jax.annotate.alignment import share
 from nuner_jax.annotate.journal.journal import Totals
 from nuner_jax.annotate.money import Prices, dollars
+from nuner_jax.annotate.report.accounts import (
+    Row,
+    line_rows,
+    mention_notes,
+    selection_rows,
+    unit_rows,
+    words,
+)
 
 CARD_FILE = "DATA_CARD.md"
 Pairs = list[tuple[str, str]]  # what, and what about it
@@ -29,12 +39,14 @@ _POWERS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")  # the Hub's b
 class Facts:
     """All that the report and the card tell, apart from the records themselves.
 
-    prompt: its identity, with the template word for word. selection, counts: what selection.json and align.json hold.
+    config: of this start. identity: the journal's, which says what the answers answer, with the prompt word for word;
+    of recordings, the sha256 of their files. selection, counts: what selection.json and align.json hold; so what they
+    tell was true when they were made, whatever the config says by now.
     failures: failed units by reason; faults: attempts that were not done, by reason.
     """
 
     config: ConfigDict
-    prompt: Mapping[str, Any]
+    identity: Mapping[str, Any]
     selection: Mapping[str, Any]
     counts: Mapping[str, Any]
     totals: Totals
@@ -42,34 +54,43 @@ class Facts:
     faults: Mapping[str, int]
     command: str
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the completions come from recordings."""
+        return "replay" in self.identity
+
 
 def without_credentials(text: str) -> str:
-    """A text with the user, password and query of every URL in it taken away."""
-    return re.sub(r"(\w://)(?:[^/\s@]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
+    """A text with the user and password of every URL in it taken away, and what follows an address of the web."""
+    text = re.sub(r"(\w://)[^/\s]*@", r"\1", text)
+    return re.sub(r"(https?://[^\s?#]*)[?#]\S*", r"\1", text, flags=re.IGNORECASE)
 
 
 def making(facts: Facts) -> Pairs:
-    """Model, endpoint, dates and source."""
-    source, totals = facts.config.source, facts.totals
-    duplicates = {"exact": "exact ones left out", "near": "near ones left out"}
-    lengths = f"{source.min_chars} to {source.max_chars} characters"
-    size = "all units" if source.size is None else f"{source.size:,} units at random"
+    """Model, endpoint, dates, source, and how mentions were found."""
+    source, totals = facts.selection["source"], facts.totals
+    duplicates = {"exact": "exact ones left out", "near": "exact and near ones left out"}
+    lengths = f"{source['min_chars']:,} to {source['max_chars']:,} characters"
+    size = "all units" if source["size"] is None else f"{source['size']:,} units at random"
+    dates = ("first replayed", "last replayed") if facts.recorded else ("first request", "last answer")
+    part = [] if source["shard"] == "0/1" else [("part", f"{source['shard']} (number from 0, of so many)")]
     return [
-        *_endpoint(facts.config),
-        ("first attempt", _date(totals.began)),
-        ("last outcome", _date(totals.ended)),
-        ("source", without_credentials(", ".join(source.paths))),
-        ("unit", f"{source.unit}, {lengths}, script {source.script or 'any'}"),
-        ("duplicates", duplicates[source.duplicates]),
-        ("sample", f"{size}, seed {facts.config.seed}"),
-        ("part", source.shard),
-        ("units in one request", str(facts.prompt["units_per_request"])),
-        ("form of the answers", facts.prompt["format"].replace("_", " ")),
+        *_endpoint(facts),
+        (dates[0], _date(totals.began)),
+        (dates[1], _date(totals.ended)),
+        ("source", without_credentials(", ".join(source["paths"]))),
+        ("unit of text", f"{source['unit']}, {lengths}, script {source['script'] or 'any'}"),
+        ("duplicates", duplicates[source["duplicates"]]),
+        ("sample", f"{size}, seed {facts.selection['seed']}"),
+        *part,
+        *_alignment(facts.counts["options"]),
     ]
 
 
 def money(facts: Facts) -> Pairs:
     """Attempts, tokens, prices and what was spent."""
+    if facts.recorded:
+        return [("spent", "nothing: recorded completions"), ("units asked for", f"{facts.totals.attempts:,}")]
     totals, known = facts.totals, Prices.make(facts.config).known
     return [
         ("attempts (units asked for, repeats counted)", f"{totals.attempts:,}"),
@@ -94,22 +115,6 @@ def versions() -> Pairs:
     return found
 
 
-def number_rows(counts: Mapping[str, Any], prefix: str = "") -> Pairs:
-    """Counts as rows, those in a dictionary under the name of it."""
-    rows: Pairs = []
-    for name, value in counts.items():
-        if isinstance(value, Mapping):
-            rows += number_rows(value, f"{prefix}{name}: ")
-        else:
-            rows.append(((prefix + name).replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)))
-    return rows
-
-
-def share(part: int, whole: int) -> str:
-    """A part in percent of the whole."""
-    return f"{part / whole:.2%}" if whole else "none"
-
-
 def data_card(facts: Facts, top_concepts: Sequence[tuple[str, int]]) -> str:
     """The data card as Markdown.
 
@@ -118,7 +123,7 @@ def data_card(facts: Facts, top_concepts: Sequence[tuple[str, int]]) -> str:
       top_concepts: some of the most frequent concepts with their mentions.
     """
     counts, records = facts.counts, facts.counts["records"]
-    concepts = ", ".join(f"{_inline(name)} ({count:,})" for name, count in top_concepts)
+    concepts = ", ".join(f"{_inline(name)} ({count:,})" for name, count in top_concepts) or "none"
     return f"""{_front_matter(facts)}
 # {records["records"]:,} texts annotated by a language model
 
@@ -131,26 +136,21 @@ encoders as in NuNER (Bogdanov et al., 2024). The annotator is a language model;
 Most frequent concepts: {concepts}.
 
 ## How it was made
-{_table(making(facts))}
-The prompt, word for word:
-
-{_fenced(facts.prompt["template"])}
-
+{_table(making(facts))}{_prompt(facts)}
 ## What it cost
 {_table(money(facts))}
 ## What became of everything
-Units of text:
-
-{_table(number_rows(counts["units"]))}
-Lines of completions:
-
-{_table(number_rows(counts["lines"]))}
-Annotations:
-
-{_table(number_rows(counts["annotations"]))}
 The selection of the units:
 
-{_table(number_rows(facts.selection.get("counts", {})))}
+{_accounts(selection_rows(facts.selection["counts"]))}
+The selected units:
+
+{_accounts(unit_rows(counts))}{_failures(facts)}
+The lines of their completions:
+
+{_accounts(line_rows(counts))}
+{" ".join(mention_notes(counts))}
+
 ## Known limits
 {_limits(facts)}
 
@@ -161,8 +161,8 @@ To be filled in by whoever publishes:
 - the annotations (the terms of the model and of its provider): …
 - the data set as a whole: …
 
-{_LOADING}Made with:
-
+{_LOADING}
+## Made with
 {_table(versions())}"""
 
 
@@ -183,14 +183,13 @@ As rows of the published NuNER format (`input`, `output`):
 ```
 python -m nuner_jax.data.export_rows --data=shards --out=rows.jsonl.gz
 ```
-
 """
 
 
 def _front_matter(facts: Facts) -> str:
     return f"""---
 language:
-- "{facts.config.source.language}"
+- {json.dumps(facts.selection["source"]["language"])}  # as config.source.language says
 license: unknown  # to be filled in by whoever publishes
 task_categories:
 - token-classification
@@ -224,19 +223,18 @@ def _sizes(facts: Facts) -> Pairs:
 
 def _limits(facts: Facts) -> str:
     lines, annotations, units = (facts.counts[key] for key in ("lines", "annotations", "units"))
-    align = facts.config.align
+    options = facts.counts["options"]
     unplaced, rejected = sum(annotations["unplaced"].values()), sum(lines["rejected"].values())
-    places = "every place where the words stand" if align.occurrences == "every" else "the first place of the words"
-    match = "letter by letter" if align.match == "exact" else "differences of case and Unicode form aside"
+    places = "every place" if options["occurrences"] == "every" else "the first place"
     limits = [
-        f"Positions come from a string match ({match}), not from the model: {places} in the text counts as a mention. "
+        f"Positions come from a string match, not from the model: {places} where the words stand counts as a mention. "
         f"{share(annotations['ambiguous'], annotations['found'])} of the annotations stand at several places, of which "
         "the model may have meant one.",
         "Unlabelled is not negative: the model names some of the entities of a text, not all of them, and nobody says "
         "which are missing.",
         "Concepts are the model's own words. One idea has many names, one name may mean several ideas, and some "
         "annotations are wrong.",
-        f"{share(rejected, lines['all'])} of the lines could not be read as annotations, and "
+        f"{share(rejected, lines['all'])} of the lines were rejected (unreadable, or repeated), and "
         f"{share(unplaced, lines['annotations'])} of the annotations have no place in their text; these are left out, "
         "which favours texts and entities that are easy to copy.",
         f"{share(units['failed'], units['all'])} of the units have no answer (failed), and "
@@ -248,29 +246,60 @@ def _limits(facts: Facts) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _endpoint(config: ConfigDict) -> Pairs:
-    endpoint = config.endpoint
-    if endpoint.kind == "replay":
+def _endpoint(facts: Facts) -> Pairs:
+    endpoint, identity = facts.config.endpoint, facts.identity
+    if facts.recorded:
         return [
             ("endpoint", "recorded completions, no network"),
-            ("recorded in", str(endpoint.replay)),
-            ("model", endpoint.model or "not known: see where the completions come from"),
-            ("prompt", "the one below is the config's; the completions may have been made with another"),
+            ("recorded in", f"{without_credentials(endpoint.replay)} (sha256 {identity['replay'][:12]}…)"),
+            ("model and prompt", "not known here: see where the completions come from"),
         ]
-    sampling = {key: endpoint[key] for key in ("temperature", "top_p", "max_tokens") if endpoint[key] is not None}
+    sampling = {key: identity[key] for key in ("temperature", "top_p", "max_tokens") if identity[key] is not None}
     return [
-        ("model", endpoint.model),
+        ("model", identity["model"]),
         ("endpoint", "the Batch API" if endpoint.kind == "batch" else "live requests"),
         ("server", without_credentials(endpoint.base_url)),
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())),
-        ("further keys of the request", "none" if endpoint.extra == "{}" else endpoint.extra),
+        ("further keys of the request", "none" if identity["extra"] == "{}" else identity["extra"]),
+        ("units in one request", f"{identity['units_per_request']} at most"),
+        ("form of the answers", words(identity["format"])),
     ]
+
+
+def _alignment(options: Mapping[str, Any]) -> Pairs:
+    """How annotations became mentions: the options of align.json."""
+    match = "letter by letter"
+    if options["match"] == "tolerant":
+        match += "; else at the only place that differs in case, Unicode form, quotes, dashes or spaces alone"
+    longest = "any length" if options["max_chars"] is None else f"at most {options['max_chars']:,} characters"
+    names = ["as the model wrote them, their spaces collapsed"]
+    if "case" in options["normalise"]:
+        names.append("the capitals of titles lowered")
+    if "plural" in options["normalise"]:
+        names.append(f"plurals made the singular that is in use ({options['plurals']:,} of the names)")
+    if names[1:]:
+        names.append("what the model wrote is kept in concepts.csv and aligned.jsonl.gz")
+    dropped = f"those with an annotation of the concept {options['drop_concept']!r}" if options["drop_concept"] else ""
+    unlabelled = "" if options["keep_unlabelled"] else "those in which nothing was found"
+    return [
+        ("places of a mention", "every one" if options["occurrences"] == "every" else "the first"),
+        ("match", match),
+        ("length of a mention", f"at least {options['min_chars']:,}, {longest}"),
+        ("names of concepts", "; ".join(names)),
+        ("texts left out", " and ".join(filter(None, [dropped, unlabelled])) or "none"),
+    ]
+
+
+def _prompt(facts: Facts) -> str:
+    """The prompt as far as it is known, as a paragraph of the card."""
+    if facts.recorded:
+        return ""
+    template = _fenced(facts.identity["template"])
+    return f"\nThe prompt, word for word; a text takes the place of its placeholder:\n\n{template}\n"
 
 
 def _prices(config: ConfigDict) -> str:
     price, kind = config.price, config.endpoint.kind
-    if kind == "replay":
-        return "nothing was bought"
     cached = "" if price.cached is None else f", ${price.cached:g} from the cache"
     batch = f", times {price.batch:g} (Batch API)" if kind == "batch" else ""
     return f"${price.input:g} in, ${price.output:g} out{cached} per million tokens{batch}"
@@ -278,6 +307,21 @@ def _prices(config: ConfigDict) -> str:
 
 def _date(seconds: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)) if seconds else "none"
+
+
+def _accounts(rows: Sequence[Row]) -> str:
+    """Counts as a table; what never happened is left out."""
+    lines = (
+        f"| {_inline(row.name)} | {row.count:,} | {_inline(row.share())} | {_inline(row.meaning)} |\n"
+        for row in rows
+        if row.count or row.whole is None
+    )
+    return "| | number | share | meaning |\n|---|---:|---:|---|\n" + "".join(lines)
+
+
+def _failures(facts: Facts) -> str:
+    reasons = ", ".join(f"{_inline(words(reason))} {count:,}" for reason, count in facts.failures.items())
+    return f"\nFailed for: {reasons}.\n" if reasons else ""
 
 
 def _table(rows: Pairs) -> str:

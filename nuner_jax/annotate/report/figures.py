@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nuner_jax.annotate.report.accounts import Row, line_rows
+
 FREQUENCY_FILE = "concept_frequency.png"
 PER_UNIT_FILE = "annotations_per_unit.png"
 OUTCOME_FILE = "alignment_outcome.png"
 
-_FOUND, _TOLERANT, _LOST, _IGNORED = "#1f6f8b", "#7fb7c9", "#c8553d", "#9aa0a6"
+_COLOURS = {"found": "#1f6f8b", "inexact": "#7fb7c9", "lost": "#c8553d", "ignored": "#9aa0a6"}
+_BLUE = _COLOURS["found"]
+_THOUSANDS = "{x:,.0f}"
 _MOST = 30  # annotations: the last bar holds units with as many and more
-Bar = tuple[str, int, str]  # label, lines, colour
 
 
 def frequency_by_rank(frequencies: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -40,30 +43,15 @@ def per_unit_bars(units_by_number: Mapping[str, int]) -> tuple[list[int], list[i
     return numbers, [pooled[number] for number in numbers]
 
 
-def outcome_bars(counts: Mapping[str, Any]) -> list[Bar]:
-    """What became of the lines of all completions, from align.json: each line is in one bar."""
-    lines, annotations = counts["lines"], counts["annotations"]
-    lost = {
-        **{f"rejected: {reason}": count for reason, count in lines["rejected"].items()},
-        **{f"without a place: {reason}": count for reason, count in annotations["unplaced"].items()},
-    }
-    return [
-        ("found letter by letter", annotations["found"] - annotations["inexact"], _FOUND),
-        ("found by tolerant match", annotations["inexact"], _TOLERANT),
-        *((_words(label), count, _LOST) for label, count in sorted(lost.items(), key=lambda one: -one[1])),
-        *((_words(f"ignored: {reason}"), count, _IGNORED) for reason, count in lines["ignored"].items()),
-    ]
-
-
 def draw_frequency(ranks: Sequence[int], frequencies: Sequence[int], out: Path) -> None:
     """Frequency over rank, both logarithmic."""
     figure, axes = _figure(6.4, 4.2)
     scale = "log" if ranks else "linear"  # nothing has no logarithm
-    axes.plot(ranks, frequencies, color=_FOUND, marker="o" if len(ranks) < 60 else None, markersize=3)
+    axes.plot(ranks, frequencies, color=_BLUE, marker="o" if len(ranks) < 60 else None, markersize=3)
     axes.set(
         xscale=scale,
         yscale=scale,
-        title="Concept frequency by rank",
+        title=f"Concept frequency by rank, of {ranks[-1] if ranks else 0:,} concepts",
         xlabel="rank of the concept",
         ylabel="mentions of the concept",
     )
@@ -74,25 +62,31 @@ def draw_frequency(ranks: Sequence[int], frequencies: Sequence[int], out: Path) 
 def draw_per_unit(numbers: Sequence[int], units: Sequence[int], out: Path) -> None:
     """How many answered units have how many annotations with a place in their text."""
     figure, axes = _figure(6.4, 4.2)
-    axes.bar(numbers, units, width=0.85, color=_FOUND)
+    axes.bar(numbers, units, width=0.85, color=_BLUE)
     rest = f" (the last bar: {_MOST} and more)" if numbers[-1] == _MOST else ""
-    axes.set(title="Annotations per unit", xlabel=f"annotations found in the text{rest}", ylabel="units")
+    axes.set(
+        title=f"Annotations per unit, of {sum(units):,} answered ones",
+        xlabel=f"annotations found in the text{rest}",
+        ylabel="units",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(_THOUSANDS)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(out)
 
 
-def draw_outcome(bars: Sequence[Bar], out: Path) -> None:
+def draw_outcome(rows: Sequence[Row], out: Path) -> None:
     """A bar for each thing that became of lines, with its count and share written at its end."""
+    bars = [row for row in rows if row.kind != "whole"]
     figure, axes = _figure(8.0, 1.4 + 0.34 * len(bars))
-    counts = [count for _, count, _ in bars]
-    total = sum(counts) or 1
-    drawn = axes.barh([label for label, _, _ in bars], counts, color=[colour for _, _, colour in bars])
-    axes.bar_label(drawn, [f"{count:,}  ({count / total:.2%})" for count in counts], padding=4, fontsize=9)
+    counts = [row.count for row in bars]
+    drawn = axes.barh([row.name for row in bars], counts, color=[_COLOURS[row.kind] for row in bars])
+    axes.bar_label(drawn, [f"{row.count:,}  ({row.share()})" for row in bars], padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.set(title="What became of the lines of the completions", xlabel="lines", xlim=(0, 1.3 * max(counts) or 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter(_THOUSANDS)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(out)
 
@@ -108,7 +102,7 @@ def draw_all(counts: Mapping[str, Any], frequencies: Iterable[int], folder: Path
     Returns:
       The files, in the order in which a reader wants them.
     """
-    draw_outcome(outcome_bars(counts), folder / OUTCOME_FILE)
+    draw_outcome(line_rows(counts), folder / OUTCOME_FILE)
     draw_per_unit(*per_unit_bars(counts["annotations_per_unit"]), folder / PER_UNIT_FILE)
     draw_frequency(*frequency_by_rank(frequencies), folder / FREQUENCY_FILE)
     return [folder / name for name in (OUTCOME_FILE, PER_UNIT_FILE, FREQUENCY_FILE)]
@@ -125,7 +119,3 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def _words(label: str) -> str:
-    return label.replace("_", " ")

@@ -22,9 +22,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.alignment import ALIGNED_FILE, COUNTS_FILE, OUTCOMES, REJECTED_FILE, read_rows
+from nuner_jax.annotate.alignment import read_rows
 from nuner_jax.annotate.journal.journal import Journal
-from nuner_jax.annotate.prompts import Prompt
+from nuner_jax.annotate.report.accounts import Row, line_rows, mention_notes, selection_rows, unit_rows, words
 from nuner_jax.annotate.report.card import (
     CARD_FILE,
     Facts,
@@ -32,13 +32,22 @@ from nuner_jax.annotate.report.card import (
     data_card,
     making,
     money,
-    number_rows,
-    share,
     versions,
     without_credentials,
 )
 from nuner_jax.annotate.report.figures import draw_all
-from nuner_jax.errors import NunerError
+from nuner_jax.annotate.workdir import (
+    ALIGNED_FILE,
+    COUNTS_FILE,
+    JOURNAL_FILE,
+    REJECTED_FILE,
+    REPORT_FOLDER,
+    SELECTION_FILE,
+    SELECTION_FOLDER,
+    of_stage,
+    read_json,
+)
+from nuner_jax.data.importers.report import kind_lines
 from nuner_jax.folders import writing
 
 PAGE_FILE = "index.html"
@@ -85,19 +94,19 @@ class Concepts:
         return dict(sorted(raw.items(), key=lambda one: (-one[1], one[0])))
 
 
-def write_report(config: ConfigDict, prompt: Prompt, workdir: Path) -> Path:
+def write_report(config: ConfigDict, workdir: Path) -> Path:
     """Writes the report of what the earlier stages left in `workdir`, in place of an earlier one; gives its page.
 
     Raises:
       NunerError: a stage has not been run yet, or the report cannot be written.
     """
-    facts = _facts(config, prompt, workdir)
+    facts = _facts(config, workdir)
     aligned = workdir / ALIGNED_FILE
     concepts = Concepts.read(read_rows(aligned))
     top = concepts.top(TOP_CONCEPTS)
     examples = concept_examples(read_rows(aligned), [name for name, _ in top])
     rejected = rejected_examples(read_rows(workdir / REJECTED_FILE), facts.counts)
-    folder = workdir / "report"
+    folder = workdir / REPORT_FOLDER
     with writing(folder):
         folder.mkdir(exist_ok=True)
         write_concepts(concepts, folder / CONCEPTS_FILE)
@@ -129,7 +138,7 @@ def rejected_examples(rows: Iterable[Mapping[str, str]], counts: Mapping[str, An
     wanted = {**counts["lines"]["rejected"], **counts["annotations"]["unplaced"]}
     found: dict[str, list[str]] = {reason: [] for reason in wanted}
     for row in rows:
-        lines = found[row["reason"]]
+        lines = found.get(row["reason"], [])
         line = row["line"] if len(row["line"]) <= _LINE else row["line"][:_LINE] + "…"
         if len(lines) < EXAMPLES and line not in lines:
             lines.append(line)
@@ -159,7 +168,7 @@ def page(
     settings = _table(("key", "value"), _leaves(facts.config))
     sections = [
         ("What it is", _pairs(making(facts))),
-        ("The prompt, word for word", Html(f"<pre>{escape(facts.prompt['template'])}</pre>")),
+        *_prompt(facts),
         ("What it cost", _pairs(money(facts))),
         ("Units", _units(facts)),
         ("Lines of the completions", _lines(facts.counts, rejected)),
@@ -210,13 +219,13 @@ img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 """
 
 
-def _facts(config: ConfigDict, prompt: Prompt, workdir: Path) -> Facts:
-    selection = _read(workdir / "selection" / "selection.json", "select")
-    counts = _read(workdir / COUNTS_FILE, "align")
-    with Journal.open(workdir / "journal.sqlite", read_only=True) as journal:
+def _facts(config: ConfigDict, workdir: Path) -> Facts:
+    selection = read_json(workdir / SELECTION_FOLDER / SELECTION_FILE, "select")
+    counts = read_json(workdir / COUNTS_FILE, "align")
+    with Journal.open(of_stage(workdir / JOURNAL_FILE, "request"), read_only=True) as journal:
         return Facts(
             config=config,
-            prompt=prompt.identity(),
+            identity=journal.identity,
             selection=selection,
             counts=counts,
             totals=journal.totals(),
@@ -226,24 +235,22 @@ def _facts(config: ConfigDict, prompt: Prompt, workdir: Path) -> Facts:
         )
 
 
-def _read(path: Path, stage: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NunerError(f"{path} does not exist: run the stage {stage} first (--stages={stage},…)") from error
-    except ValueError as error:
-        raise NunerError(f"{path} cannot be read ({error}): run the stage {stage} again") from error
+def _prompt(facts: Facts) -> list[tuple[str, Html]]:
+    """The section of the prompt, if it is known: recordings do not tell theirs."""
+    if facts.recorded:
+        return []
+    return [("The prompt, word for word", Html(f"<pre>{escape(facts.identity['template'])}</pre>"))]
 
 
 def _units(facts: Facts) -> Html:
     """What became of the units: in the selection, then with the endpoint, then in alignment."""
-    units = facts.counts["units"]
-    outcomes = [("all", units["all"], "")] + [(_words(name), *_of(units[name], units["all"])) for name in OUTCOMES]
+    malformed = "".join(f"<li>{escape(line)}</li>" for line in kind_lines(facts.selection["malformed"], places=3))
     parts = [
         Html("<h3>Selection</h3>"),
-        _pairs(number_rows(facts.selection["counts"])),
+        _table(("what", "#number", "#share", "meaning"), map(_cells, selection_rows(facts.selection["counts"]))),
+        Html(f"<p>Malformed rows, with the first places:</p><ul>{malformed}</ul>" if malformed else ""),
         Html("<h3>Outcome</h3>"),
-        _table(("outcome", "#units", "#share"), outcomes),
+        _table(("outcome", "#units", "#share", "meaning"), map(_cells, unit_rows(facts.counts))),
         *_reasons("Failed units, by reason", "#units", facts.failures),
         *_reasons("Attempts that gave no answer, by reason", "#attempts", facts.faults),
     ]
@@ -252,31 +259,36 @@ def _units(facts: Facts) -> Html:
 
 def _lines(counts: Mapping[str, Any], rejected: Mapping[str, Sequence[str]]) -> Html:
     """What became of every line, with examples of the rejected ones."""
-    lines, annotations = counts["lines"], counts["annotations"]
-    every = lines["all"]
-    rows = [
-        ("all", every, "", ""),
-        ("found letter by letter", *_of(annotations["found"] - annotations["inexact"], every), ""),
-        ("found by tolerant match", *_of(annotations["inexact"], every), ""),
-    ]
-    for label, reasons in (("without a place", annotations["unplaced"]), ("rejected", lines["rejected"])):
-        for reason, count in reasons.items():
-            shown = Html("<br>".join(f"<code>{escape(line)}</code>" for line in rejected.get(reason, ())))
-            rows.append((f"{label}: {_words(reason)}", *_of(count, every), shown))
-    for reason, count in lines["ignored"].items():
-        rows.append((f"ignored: {_words(reason)}", *_of(count, every), ""))
-    return _table(("outcome", "#lines", "#share", "examples"), rows)
+    rows = []
+    for row in line_rows(counts):
+        lines = rejected.get(row.key, ()) if row.kind == "lost" else ()
+        rows.append((*_cells(row), Html("<br>".join(f"<code>{escape(line)}</code>" for line in lines))))
+    table = _table(("outcome", "#lines", "#share", "meaning", "examples"), rows)
+    notes = f"Every rejected line is in {REJECTED_FILE}, every completion in {JOURNAL_FILE}."
+    return Html(f"{table}<p>{escape(' '.join([*mention_notes(counts), notes]))}</p>")
+
+
+def _cells(row: Row) -> tuple[str, int, str, str]:
+    return row.name, row.count, row.share(), row.meaning
 
 
 def _concepts(concepts: Concepts, examples: Mapping[str, Sequence[Html]]) -> Html:
+    """The table of the most frequent ones; with what the annotator called them, where that is something else."""
     rows = [(name, concepts.mentions[name], Html("<br>".join(shown))) for name, shown in examples.items()]
-    return _table(("concept", "#mentions", "examples"), rows)
+    if not concepts.other_names:
+        return _table(("concept", "#mentions", "examples"), rows)
+    merged = []
+    for name, count, shown in rows:
+        raw = concepts.raw_names(name) if name in concepts.other_names else {}
+        written = ", ".join(f"{one} ({times:,})" for one, times in raw.items())
+        merged.append((name, count, written, shown))
+    return _table(("concept", "#mentions", "written also as", "examples"), merged)
 
 
 def _reasons(title: str, what: str, counts: Mapping[str, int]) -> list[str]:
     if not counts:
         return []
-    rows = [(_words(reason), count) for reason, count in counts.items()]
+    rows = [(words(reason), count) for reason, count in counts.items()]
     return [Html(f"<h3>{escape(title)}</h3>"), _table(("reason", what), rows)]
 
 
@@ -298,7 +310,7 @@ def _marked(text: str, start: int, end: int) -> Html:
 
 def _image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(_words(path.stem))}" src="data:image/png;base64,{data}">\n'
+    return f'<img alt="{escape(words(path.stem))}" src="data:image/png;base64,{data}">\n'
 
 
 def _pairs(rows: Pairs) -> Html:
@@ -320,11 +332,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
 def _cell(tag: str, value: Any, is_number: bool) -> str:
     content = value if isinstance(value, Html) else escape(f"{value:,}" if isinstance(value, int) else value)
     return f'<{tag} class="number">{content}</{tag}>' if is_number else f"<{tag}>{content}</{tag}>"
-
-
-def _of(count: int, whole: int) -> tuple[int, str]:
-    return count, share(count, whole)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import email.utils
+import json
 import math
 import re
 import time
@@ -20,6 +21,7 @@ MESSAGE_CHARS = 300  # of a server's message that is kept
 
 _OVERLOADED = (503, 529)
 _PASSING = (408, 409, 425)
+_OF_GATEWAYS = (408, 502, 504, *range(520, 528))  # who stands before the server does not know how far it came
 _OUT_OF_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 
 
@@ -67,7 +69,7 @@ def read_answer(payload: Any) -> Answer:
     """The answer in a chat completion as JSON, of a request or of a line of a batch's results.
 
     An answer without choices is an empty one: its usage counts all the same. `Usage()`, all zeros, means that the
-    endpoint did not count.
+    endpoint did not count, or not in whole numbers.
 
     Raises:
       MalformedAnswer: it is JSON of another form.
@@ -97,7 +99,7 @@ def judge(answer: Answer, prompt: Prompt, units: Sequence[Pending], max_attempts
     """What a whole answer makes of each unit of its request, in their order.
 
     A refusal, or an answer that the content filter cut, is final for a unit asked alone; of several units each is to
-    be asked again, alone. An answer cut at max_tokens is done: its last unit says so in `finish`.
+    be asked again, alone. An answer cut at max_tokens is done: the unit in whose part it ends says so in `finish`.
     """
     final = None
     if answer.finish == "content_filter":
@@ -111,15 +113,28 @@ def judge(answer: Answer, prompt: Prompt, units: Sequence[Pending], max_attempts
     if not answer.text.strip():
         return [_not_done(unit, "empty_answer", True, max_attempts, answer.finish) for unit in units]
     parts = prompt.split(answer.text, len(units))
-    last = max((at for at, part in enumerate(parts) if part is not None), default=0)
+    cut = _place_of_cut(answer, parts)
     outcomes = []
     for at, (unit, part) in enumerate(zip(units, parts, strict=True)):
-        if part is None:
+        if part is None or (at == cut and not part.strip()):  # cut right behind its heading
             outcomes.append(_not_done(unit, "missing_in_answer", True, max_attempts, answer.finish))
         else:
-            finish = "stop" if answer.finish == "length" and at != last else answer.finish
+            finish = "stop" if answer.finish == "length" and at != cut else answer.finish
             outcomes.append(Outcome(unit.id, "done", part, finish=finish))
     return outcomes
+
+
+def _place_of_cut(answer: Answer, parts: Sequence[str | None]) -> int | None:
+    """Which part an answer that was cut ends in, in whatever order it has them; None: in none of them.
+
+    Parts of a JSON answer are whole, and do not end it.
+    """
+    if answer.finish != "length":
+        return None
+    text = answer.text.rstrip()
+    ends = [at for at, part in enumerate(parts) if part is not None and text.endswith(part.rstrip())]
+    # Each text ends with an empty part; the others tell more.
+    return max(ends, key=lambda at: (len(parts[at].strip()), at), default=None)
 
 
 def fault_outcomes(units: Sequence[Pending], error: EndpointFault, max_attempts: int) -> list[Outcome]:
@@ -146,16 +161,10 @@ def _usage(usage: Any) -> Usage:
         return Usage()
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    prompt = _count(usage.get("prompt_tokens"))
-    return Usage(prompt, _count(usage.get("completion_tokens")), min(_count(cached), prompt))
-
-
-def _count(value: Any) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise MalformedAnswer(f"{value!r} as a number of tokens")
-    return value
+    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    if any(type(count) is not int or count < 0 for count in counts):
+        return Usage()
+    return Usage(*counts, min(cached, counts[0]) if type(cached) is int and cached > 0 else 0)
 
 
 def _string(value: Any) -> str:
@@ -204,14 +213,41 @@ def status_error(
             f"config.endpoint.model and config.endpoint.base_url.{told}",
         )
     wait = retry_after(headers)
+    billed = "unknown" if status in _OF_GATEWAYS else "no"
     detail = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     if status == 429:
         return EndpointFault("rate_limited", detail, retry=True, retry_after=wait)
     if status in _OVERLOADED:
         return EndpointFault("overloaded", detail, retry=True, retry_after=wait)
     if status >= 500 or status in _PASSING:
-        return EndpointFault("server_error", detail, retry=True, retry_after=wait)
+        return EndpointFault("server_error", detail, retry=True, retry_after=wait, billed=billed)
     return EndpointFault("content_filter" if "content_filter" in words else "bad_request", detail, retry=False)
+
+
+def error_within(payload: Any, endpoint: ConfigDict) -> EndpointFault | EndpointStop | None:
+    """The error that a server sends with status 200, if it says which one it is; None for anything else.
+
+    The work may have been done before it failed, and billed.
+    """
+    match payload:
+        case {"error": {"code": int(status)}} if 400 <= status < 600:
+            pass
+        case {"error": dict(error)} if error_words(error) & _OUT_OF_MONEY:
+            status = 402
+        case _:
+            return None
+    error = status_error(status, payload, {}, endpoint)
+    if isinstance(error, EndpointFault):
+        error.billed = "unknown"
+    return error
+
+
+def json_or_text(text: str) -> Any:
+    """What a server sent as JSON, or as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def message_of(body: Any) -> str:

@@ -12,8 +12,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from ml_collections import ConfigDict
 
 from nuner_jax.annotate import money
 from nuner_jax.annotate.journal.journal import BatchRow, Finish, Journal
-from nuner_jax.annotate.prompts import Prompt, request_body
+from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.request.answers import EndpointFault
-from nuner_jax.annotate.request.batch_endpoint import ENDED, PATH, BatchEndpoint, BatchLook
+from nuner_jax.annotate.request.batch_endpoint import ENDED, LONGEST_BACKOFF, PATH, BatchEndpoint, BatchLook
 from nuner_jax.annotate.request.batch_results import Results
 from nuner_jax.annotate.request.endpoints import LiveEndpoint
-from nuner_jax.annotate.request.live import Summary
 from nuner_jax.annotate.request.stop import Stop
-from nuner_jax.annotate.units import Outcome, Pending
+from nuner_jax.annotate.request.work import Summary, body_for, groups, settle_earlier
+from nuner_jax.annotate.units import Pending
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import writing
-from nuner_jax.writers import Console
+from nuner_jax.writers import Console, duration
 
-PAGE = 500  # units read from, and results written to, the journal at a time
+PAGE = 500  # results written to the journal at a time
 QUEUE_FULL = "token_limit_exceeded"  # OpenAI's word for a batch that failed because too much waits already
 
 _NAME_BYTES = 20  # of a request's name in a file, at most
@@ -57,10 +57,17 @@ def run(config: ConfigDict, journal: Journal, prompt: Prompt, *, console: Consol
       NunerError: the endpoint cannot be used, or does not take a batch; it rejects everything; the journal or its
         folder cannot be written. Units of a batch that was refused as a whole stay pending.
     """
-    if not journal.totals().pending:
-        return Summary("finished", journal.totals())
+    settle_earlier(config, journal, prompt)
+    if not journal.totals().pending and not journal.batches():  # open ones are paid for, also those of other units
+        return Summary("pilot" if pilot_only else "finished", journal.totals())
     asyncio.run(_check(config))
-    with Stop() as stop, contextlib.closing(BatchEndpoint(config, stop.wait)) as endpoint:
+
+    def wait(seconds: float) -> bool:
+        if seconds > LONGEST_BACKOFF:
+            console.say(f"the endpoint asks to wait {duration(seconds)}; a signal ends it meanwhile")
+        return stop.wait(seconds)
+
+    with Stop() as stop, contextlib.closing(BatchEndpoint(config, wait)) as endpoint:
         driver = _Run(config, journal, prompt, endpoint, console, stop)
         try:
             stopped = driver.all(pilot_only)
@@ -89,7 +96,6 @@ class _Run:
         console: Console,
         stop: Stop,
     ):
-        journal.abandoned()
         self._config = config
         self._journal = journal
         self._prompt = prompt
@@ -153,8 +159,8 @@ class _Run:
         limits = self._config.batch
         budget = money.Budget.make(self._config, self._journal.totals())
         requests, size = [], 0
-        for units in self._groups(most):
-            body = self._body(units)
+        for units in groups(self._journal, self._config.prompt.units_per_request, most):
+            body = body_for(self._config, self._prompt, units)
             line = len(_line("", body)) + _NAME_BYTES
             if line > limits.bytes:
                 raise NunerError(
@@ -178,21 +184,6 @@ class _Run:
             )
         return requests
 
-    def _groups(self, most: int | None) -> Iterator[list[Pending]]:
-        """Pending units in order, as they share requests; one that was asked for before is alone in its own."""
-        size = self._config.prompt.units_per_request
-        after = -1
-        while page := self._journal.pending(after, PAGE if most is None else min(most, PAGE)):
-            after = page[-1].position
-            fresh = [unit for unit in page if not unit.attempts]
-            yield from ([unit] for unit in page if unit.attempts)
-            yield from (fresh[start : start + size] for start in range(0, len(fresh), size))
-            if most is not None and (most := most - len(page)) <= 0:
-                return
-
-    def _body(self, units: Sequence[Pending]) -> dict[str, Any]:
-        return request_body(self._config.endpoint, self._prompt, [unit.text for unit in units])
-
     def _resubmit(self) -> bool:
         """Submits what an earlier start has only prepared, or the endpoint had no room for; whether there was any."""
         waiting = [row for row in self._journal.batches() if row.state == "prepared" and not self._queue_full]
@@ -200,7 +191,7 @@ class _Run:
             if there := self._endpoint.find(self._mark(row.key)):
                 self._journal.set_batch(row.key, id=there, state="submitted")
             elif row.requests > self._config.batch.requests or self._is_over_budget():
-                self._release(row)
+                self._journal.release(row.key)
             else:
                 self._submit(row)
         return bool(waiting)
@@ -226,7 +217,7 @@ class _Run:
             path = folder / "requests.jsonl"
             with path.open("wb") as lines:
                 for name, units in self._journal.batch_requests(key):
-                    lines.write(_line(name, self._body(units)))
+                    lines.write(_line(name, body_for(self._config, self._prompt, units)))
             file = self._endpoint.upload(path)
         self._journal.set_batch(key, file=file)
         return file
@@ -240,18 +231,20 @@ class _Run:
 
     def _look_at_all(self) -> bool:
         """Looks at every submitted batch once; whether one has ended."""
-        ended = False
+        ended, outage = False, ""
         for row in self._journal.batches():
             if row.state == "submitted" and not self._stop.asked:
                 try:
                     ended |= self._look_at(row)
-                    self._outage = ""
                 except EndpointFault as fault:
                     if fault.reason == "not_found":
                         self._give_up(row)
                     elif not fault.retry:
                         raise
-                    self._outage = str(fault)  # it passes: there will be another look
+                    outage = str(fault)  # it passes: there will be another look
+        if outage and not self._outage:
+            self._console.say(f"the endpoint does not answer ({outage}); the batches are looked at again and again")
+        self._outage = outage
         return ended
 
     def _look_at(self, row: BatchRow) -> bool:
@@ -269,7 +262,7 @@ class _Run:
     def _refused(self, row: BatchRow, look: BatchLook) -> None:
         """The endpoint did not take the batch as a whole: it is as it was before, for a later try."""
         if row.requests > self._config.batch.requests:
-            self._release(row)
+            self._journal.release(row.key)
             return
         self._journal.set_batch(row.key, id="", file="", state="prepared")
         others = any(other.state == "submitted" for other in self._journal.batches())
@@ -316,21 +309,18 @@ class _Run:
         while chunk := list(itertools.islice(ends, PAGE)):
             self._journal.finish_many(chunk)
 
-    def _release(self, row: BatchRow) -> None:
-        """Takes apart a batch that the endpoint does not have and is too large by now; its units go into others."""
-        requests = self._journal.batch_requests(row.key)
-        self._record(
-            Finish(name, [Outcome(unit.id, "retry", error="batch_too_large") for unit in units])
-            for name, units in list(requests)
-        )
-        self._journal.set_batch(row.key, state="failed")
-
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A folder beside the journal, where there is room for what the journal can hold."""
-        parent = self._journal.path.parent
-        with writing(parent), tempfile.TemporaryDirectory(prefix=".batch-", dir=parent) as folder:
-            yield Path(folder)
+        journal = self._journal.path
+        folder = journal.with_name(f".{journal.name}.batch")
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     # --- What the user sees --------------------------------------------------------------------
 

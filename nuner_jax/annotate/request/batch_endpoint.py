@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from nuner_jax.annotate.request.answers import EndpointFault, EndpointStop, message_of, status_error
-from nuner_jax.annotate.request.endpoints import api_key, without_key
+from nuner_jax.annotate.request.answers import EndpointFault, EndpointStop, json_or_text, message_of, status_error
+from nuner_jax.annotate.request.endpoints import client_options, without_key
 
 PATH = "/v1/chat/completions"
 """Where each line of a file goes, as the Batch API wants it written, whatever the server's own base_url is."""
@@ -64,11 +63,10 @@ class BatchEndpoint:
         import openai
 
         self._config = config
-        self._key = api_key(config.endpoint)
+        options = client_options(config)
+        self._key = options["api_key"]
         self._wait = wait
-        self._client = openai.OpenAI(
-            base_url=config.endpoint.base_url, api_key=self._key, max_retries=0, timeout=config.request.timeout
-        )
+        self._client = openai.OpenAI(**options)
 
     def close(self) -> None:
         """Closes all connections."""
@@ -155,7 +153,7 @@ class BatchEndpoint:
             return call()
         except openai.APIStatusError as error:
             raise self._status_error(error) from None
-        except (openai.APIConnectionError, httpx2.TransportError) as error:
+        except (openai.APIConnectionError, httpx2.RequestError) as error:
             # The client lets pass what its HTTP library raises while a body is streamed.
             cause = str(error.__cause__ or error) or type(error).__name__
             raise EndpointFault("connection", message_of(cause), retry=True) from None
@@ -163,10 +161,7 @@ class BatchEndpoint:
     def _object(self, response: Any) -> dict[str, Any]:
         """The JSON object that a response holds."""
         text = without_key(response.text, self._key)
-        try:
-            payload = json.loads(text)
-        except ValueError:
-            payload = None
+        payload = json_or_text(text)
         if not isinstance(payload, dict):
             raise EndpointFault("malformed_answer", f"no JSON object but {message_of(text[:80])!r}", retry=True)
         return payload
@@ -178,11 +173,7 @@ class BatchEndpoint:
         return payload["id"]
 
     def _status_error(self, error: Any) -> EndpointFault | EndpointStop:
-        text = without_key(error.response.text, self._key)
-        try:
-            body = json.loads(text)
-        except ValueError:
-            body = text
+        body = json_or_text(without_key(error.response.text, self._key))
         if error.status_code in (404, 405):  # no such file or batch, or no Batch API; nothing about the model
             return EndpointFault("not_found", message_of(body) or f"HTTP {error.status_code}", retry=False)
         return status_error(error.status_code, body, error.response.headers, self._config.endpoint)

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 
 from nuner_jax.annotate.journal.journal import Finish
 from nuner_jax.annotate.money import Prices
-from nuner_jax.annotate.prompts import Prompt, request_body
+from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,
+    error_within,
     fault_outcomes,
     judge,
     message_of,
@@ -24,7 +25,8 @@ from nuner_jax.annotate.request.answers import (
     status_error,
 )
 from nuner_jax.annotate.request.endpoints import api_key, without_key
-from nuner_jax.annotate.request.retry import PATIENCE
+from nuner_jax.annotate.request.retry import PATIENCE, rejects_everything
+from nuner_jax.annotate.request.work import body_for
 from nuner_jax.annotate.units import Outcome, Pending, Usage
 from nuner_jax.errors import NunerError
 
@@ -91,16 +93,13 @@ class Results:
         """The error that ends the run, if every further batch would meet the same."""
         if self._stop or self.proven or not self.rejected:
             return self._stop
-        return NunerError(
-            f"{self.config.endpoint.model} at {self.config.endpoint.base_url} rejects every request, {self.rejected:,} "
-            f"so far, with {self._rejection!r}; correct what it names (config.endpoint.extra, max_tokens_key, "
-            "temperature, config.prompt) and start again: no unit was given up"
-        )
+        endpoint = self.config.endpoint
+        return rejects_everything(f"{endpoint.model} at {endpoint.base_url}", self.rejected, self._rejection)
 
     def _end(self, line: Mapping[str, Any], units: Sequence[Pending]) -> Finish:
         response = line.get("response") or {}
-        if response.get("status_code") != 200:
-            return self._fault(line["custom_id"], units, self._error(line, response))
+        if error := self._error(line, response):
+            return self._fault(line["custom_id"], units, error)
         try:
             answer = read_answer(response.get("body"))
         except MalformedAnswer as error:
@@ -112,10 +111,13 @@ class Results:
             return Finish(line["custom_id"], outcomes, answer.id, None, unsure=self._worst(units))
         return Finish(line["custom_id"], outcomes, answer.id, answer.usage, self.prices.of(answer.usage))
 
-    def _error(self, line: Mapping[str, Any], response: Mapping[str, Any]) -> EndpointFault | EndpointStop:
-        """The error of a line: an HTTP status, or the batch's own reason why it was not executed."""
-        if status := response.get("status_code"):
-            return status_error(status, response.get("body"), {}, self.config.endpoint)
+    def _error(self, line: Mapping[str, Any], response: Mapping[str, Any]) -> EndpointFault | EndpointStop | None:
+        """The error of a line: an HTTP status, or the batch's own reason why it was not executed; None: an answer."""
+        status, body = response.get("status_code"), response.get("body")
+        if isinstance(status, int) and status != 200:
+            return status_error(status, body, {}, self.config.endpoint)
+        if status == 200 or body:
+            return error_within(body, self.config.endpoint)
         error = line.get("error") or {}
         reason = error.get("code") if isinstance(error, dict) else None
         return EndpointFault(str(reason or "no_result"), message_of(error), retry=True)
@@ -137,8 +139,7 @@ class Results:
         )
 
     def _worst(self, units: Sequence[Pending]) -> int:
-        body = request_body(self.config.endpoint, self.prompt, [unit.text for unit in units])
-        return self.prices.worst(body, self.config.endpoint.max_tokens)
+        return self.prices.worst(body_for(self.config, self.prompt, units), self.config.endpoint.max_tokens)
 
 
 def _lines(paths: Iterable[Path], key: str) -> Iterator[dict[str, Any] | None]:

@@ -17,6 +17,8 @@ from nuner_jax.annotate.request.answers import (
     EndpointFault,
     EndpointStop,
     MalformedAnswer,
+    error_within,
+    json_or_text,
     message_of,
     read_answer,
     status_error,
@@ -77,8 +79,30 @@ def api_key(endpoint: ConfigDict) -> str:
 
 
 def without_key(text: str, key: str) -> str:
-    """The text with the key blotted out, because servers like to quote it in their errors."""
-    return text if key == NO_KEY else text.replace(key, "[key]")
+    """The text with the key blotted out, because servers like to quote it in their errors.
+
+    Of the whole text: when it has been shortened, a part of the key may be left that nothing finds.
+    """
+    if key == NO_KEY:
+        return text
+    return text.replace(key, "[key]").replace(key.replace("/", "\\/"), "[key]")  # the second as some write JSON
+
+
+def client_options(config: ConfigDict) -> dict[str, Any]:
+    """How the package's clients are made for `config.endpoint`: with our address and key, whatever the environment has.
+
+    Raises:
+      NunerError: the address is none, or holds what is secret; there is no key.
+    """
+    base_url = _checked_url(config.endpoint.base_url)
+    key = api_key(config.endpoint)
+    return {
+        "base_url": base_url,
+        "api_key": key,
+        "default_headers": {"Authorization": f"Bearer {key}"},  # also before one in OPENAI_CUSTOM_HEADERS
+        "max_retries": 0,  # the driver retries: it counts and pays for every attempt
+        "timeout": config.request.timeout,
+    }
 
 
 class LiveEndpoint:
@@ -87,9 +111,8 @@ class LiveEndpoint:
     def __init__(self, config: ConfigDict):
         """A server that is not looked for yet."""
         self.name = f"{config.endpoint.model} at {config.endpoint.base_url}"
-        self._config = config.endpoint
+        self._config = config
         self._timeout = config.request.timeout
-        self._most = config.request.max_concurrency
         self._key = NO_KEY
         self._clients: list[Any] = []
         self._turns: Iterator[Any] = iter(())
@@ -103,6 +126,7 @@ class LiveEndpoint:
         self._connect()
         import openai
 
+        model, base_url = self._config.endpoint.model, self._config.endpoint.base_url
         try:
             async with asyncio.timeout(min(self._timeout, CHECK_TIMEOUT)):
                 response = await self._clients[0].models.with_raw_response.list()
@@ -112,17 +136,15 @@ class LiveEndpoint:
             return  # no such list here, or not for this key, or not now: the first requests will tell
         except (openai.APIConnectionError, TimeoutError) as error:
             raise NunerError(
-                f"{self._config.base_url} cannot be reached ({_cause(error)}): correct config.endpoint.base_url, or "
-                f"start the server there, for instance with `vllm serve {self._config.model}`, `ollama serve` or "
-                "`llama-server -m FILE.gguf`"
+                f"{base_url} cannot be reached ({_cause(error)}): correct config.endpoint.base_url, or start the "
+                f"server there, for instance with `vllm serve {model}`, `ollama serve` or `llama-server -m FILE.gguf`"
             ) from None
         models = _model_names(response.content)
-        if models and not any(_is_model(self._config.model, name) for name in models):
-            nearest = difflib.get_close_matches(self._config.model, models, n=_MODELS_SHOWN, cutoff=0.0)
+        if models and not any(_is_model(model, name) for name in models):
+            nearest = difflib.get_close_matches(model, models, n=_MODELS_SHOWN, cutoff=0.0)
             more = f" and {len(models) - len(nearest)} more" if len(models) > len(nearest) else ""
             raise NunerError(
-                f"{self._config.base_url} has no model {self._config.model!r} (config.endpoint.model); it has "
-                f"{', '.join(nearest)}{more}"
+                f"{base_url} has no model {model!r} (config.endpoint.model); it has {', '.join(nearest)}{more}"
             )
 
     async def ask(self, body: Mapping[str, Any], texts: Sequence[str]) -> tuple[Answer, Mapping[str, str]]:
@@ -139,14 +161,18 @@ class LiveEndpoint:
             raise self._status_error(error) from None
         except (openai.APIConnectionError, TimeoutError) as error:
             raise _connection_fault(error) from None
+        content = response.content
         try:
-            return read_answer(json.loads(response.content)), response.headers
-        except MalformedAnswer as error:
-            detail = without_key(str(error), self._key)
-            raise EndpointFault("malformed_answer", detail, retry=True, billed="unknown") from None
+            payload = json.loads(without_key(content.decode(json.detect_encoding(content)), self._key))
         except (ValueError, RecursionError):
-            start = without_key(message_of(response.text[:80]), self._key)
+            start = message_of(without_key(response.text, self._key)[:80])
             raise EndpointFault("truncated_json", f"{start!r}…", retry=True, billed="unknown") from None
+        if error := error_within(payload, self._config.endpoint):
+            raise error
+        try:
+            return read_answer(payload), response.headers
+        except MalformedAnswer as error:
+            raise EndpointFault("malformed_answer", str(error), retry=True, billed="unknown") from None
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -161,29 +187,30 @@ class LiveEndpoint:
             raise NunerError(
                 f"the package {error.name} is missing; install the extra: pip install 'nuner_jax[annotate]'"
             ) from error
-        self._key = api_key(self._config)
-        base_url = _checked_url(self._config.base_url)
+        options = client_options(self._config)
+        self._key = options["api_key"]
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE)
-        ssl_context = httpx2.create_ssl_context()  # takes longer than all else, so there is one
-        self._clients = [
-            openai.AsyncOpenAI(
-                base_url=base_url,
-                api_key=self._key,
-                max_retries=0,  # the driver retries: it counts and pays for every attempt
-                timeout=self._timeout,
-                http_client=openai.DefaultAsyncHttpxClient(timeout=self._timeout, limits=limits, verify=ssl_context),
-            )
-            for _ in range(-(-self._most // CLIENT_SHARE))
-        ]
+        try:
+            ssl_context = httpx2.create_ssl_context()  # takes longer than all else, so there is one
+            self._clients = [
+                openai.AsyncOpenAI(
+                    **options,
+                    http_client=openai.DefaultAsyncHttpxClient(
+                        timeout=self._timeout, limits=limits, verify=ssl_context
+                    ),
+                )
+                for _ in range(-(-self._config.request.max_concurrency // CLIENT_SHARE))
+            ]
+        except (ValueError, OSError) as error:
+            raise NunerError(
+                f"the environment's settings of connections are wrong ({error}); correct HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR, whichever is set"
+            ) from None
         self._turns = itertools.cycle(self._clients)
 
     def _status_error(self, error: Any) -> EndpointFault | EndpointStop:
-        text = without_key(error.response.text, self._key)
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError):
-            body = text
-        return status_error(error.status_code, body, error.response.headers, self._config)
+        body = json_or_text(without_key(error.response.text, self._key))
+        return status_error(error.status_code, body, error.response.headers, self._config.endpoint)
 
 
 class ReplayEndpoint:
@@ -233,9 +260,15 @@ class ReplayEndpoint:
 def _checked_url(base_url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(base_url)
+        secret = "@" in parts.netloc or bool(parts.query or parts.fragment)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets, or a port beyond 65535
-        sound = False
+        sound, secret = False, "@" in base_url
+    if secret:
+        raise NunerError(
+            "config.endpoint.base_url holds a user, a password, or something behind a ? or #, which would be seen in "
+            "messages and files; put the key into the environment variable that config.endpoint.key_variable names"
+        )
     if not sound:
         raise NunerError(
             f"config.endpoint.base_url = {base_url!r}: not an address; it begins with http:// or https:// and usually "

@@ -9,39 +9,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate import money
-from nuner_jax.annotate.journal.journal import Journal, Totals
-from nuner_jax.annotate.prompts import Prompt, request_body
+from nuner_jax.annotate.journal.journal import Journal
+from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.request.answers import EndpointFault, EndpointStop, judge
 from nuner_jax.annotate.request.endpoints import Endpoint
 from nuner_jax.annotate.request.retry import Health, Work, delay
 from nuner_jax.annotate.request.throttle import Slot, Throttle
+from nuner_jax.annotate.request.work import Summary, body_for, groups, settle_earlier
 from nuner_jax.annotate.units import Answer, Outcome, Pending, Usage
 from nuner_jax.writers import Console, duration
 
-PAGE = 500  # pending units read from the journal at a time
 WORKERS_PER_SLOT = 2  # units under way per request in flight, because some wait for their next attempt
 PROGRESS_EVERY = 0.2  # seconds
 RATE_OVER = 15.0  # seconds over which units per second are measured
+LONG_PAUSE = 60.0  # seconds of a pause from which it is told where no progress line is seen
 
 INDENT = " " * len("request      ")
 
 _OVERLOADED = ("rate_limited", "overloaded", "timeout")
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """How a run of requests ended.
-
-    stopped: "finished" (nothing is pending), "budget", "signal" or "pilot". totals: of the journal, then.
-    """
-
-    stopped: str
-    totals: Totals
 
 
 def run(
@@ -72,8 +61,7 @@ def run(
       NunerError: the endpoint cannot be used (see `Endpoint.check`, `EndpointStop`), is down for long, or rejects
         everything; the journal cannot be written. What was in flight is in the journal before.
     """
-
-    journal.abandoned()
+    settle_earlier(config, journal, prompt)
     if not journal.totals().pending:  # then there need be no endpoint
         return Summary("pilot" if pilot_only else "finished", journal.totals())
 
@@ -84,7 +72,13 @@ def run(
         finally:
             await endpoint.close()
 
-    return asyncio.run(whole())
+    summary = asyncio.run(whole())
+    if summary.stopped == "finished" and summary.totals.pending:
+        console.say(
+            f"{INDENT}{summary.totals.pending:,} units wait in batches at the endpoint: config.endpoint.kind = "
+            '"batch" collects them'
+        )
+    return summary
 
 
 class _Run:
@@ -102,13 +96,15 @@ class _Run:
         self._prices = money.Prices.make(config)
         self._budget = money.Budget.make(config, totals)
         self._throttle = Throttle(config.request.max_concurrency)
-        self._health = Health(config.request.backoff, proven=totals.done > 0)
+        self._workers_at_most = WORKERS_PER_SLOT * config.request.max_concurrency
+        self._health = Health(config.request.backoff, self._workers_at_most, proven=totals.done > 0)
         self._settled = asyncio.Event()  # set, and replaced, whenever money comes free
         self._workers: set[asyncio.Task[None]] = set()
         self._flying: set[asyncio.Task[None]] = set()  # workers between `begin` and `finish`
         self._stopped = ""  # why no new request is sent
         self._error: BaseException | None = None
         self._signal_seen = False
+        self._told_pause = False
         self._pace: deque[tuple[float, int]] = deque(maxlen=round(RATE_OVER / PROGRESS_EVERY))
 
     async def all(self, pilot_only: bool) -> Summary:
@@ -121,7 +117,7 @@ class _Run:
             if missing > 0:
                 began = time.monotonic()
                 await self._ask_for(self._works(missing))
-                rate = missing / (time.monotonic() - began)
+                rate = (totals.pending - self._journal.totals().pending) / (time.monotonic() - began)
             if pilot and not self._stopped:
                 self._tell_estimate(rate)
             if pilot_only:
@@ -133,16 +129,8 @@ class _Run:
     # --- The workers ---------------------------------------------------------------------------
 
     def _works(self, most: int | None) -> Iterator[Work]:
-        """Pending units in order, `most` of them or all, grouped for requests; read as they are asked for."""
         size = 1 if self._free else self._config.prompt.units_per_request
-        after = -1
-        while page := self._journal.pending(after, PAGE if most is None else min(PAGE, most)):
-            after = page[-1].position
-            most = None if most is None else most - len(page)
-            fresh = [unit for unit in page if not unit.attempts]
-            for start in range(0, len(fresh), size):
-                yield Work(fresh[start : start + size])
-            yield from (Work([unit]) for unit in page if unit.attempts)  # maybe left out of an answer: alone
+        return map(Work, groups(self._journal, size, most))
 
     async def _ask_for(self, works: Iterator[Work]) -> None:
         """Sees all works through with many workers; returns when they are, or when the run stops and all is settled.
@@ -150,8 +138,7 @@ class _Run:
         Raises the first error of a worker, after the others have ended.
         """
         progress = asyncio.create_task(self._show_progress())
-        most = WORKERS_PER_SLOT * self._config.request.max_concurrency
-        self._workers = {asyncio.create_task(self._work(works)) for _ in range(most)}
+        self._workers = {asyncio.create_task(self._work(works)) for _ in range(self._workers_at_most)}
         try:
             await asyncio.gather(*self._workers, return_exceptions=True)
         finally:
@@ -188,14 +175,13 @@ class _Run:
 
     async def _attempt(self, work: Work) -> tuple[list[Pending], EndpointFault | None]:
         """One request; returns the units that are to be asked for again, and the fault, if it met one."""
-        texts = [unit.text for unit in work.units]
-        body = request_body(self._config.endpoint, self._prompt, texts)
+        body = body_for(self._config, self._prompt, work.units)
         worker = asyncio.current_task()
         async with self._throttle.slot() as slot:
             reserved = await self._reserve(body)
             self._flying.add(worker)
             request = await self._journal.begin(work.units, reserved)
-            result = await self._ask(slot, body, texts)
+            result = await self._ask(slot, body, [unit.text for unit in work.units])
         again, fault = await self._finish(request, work, reserved, result)
         self._flying.discard(worker)
         return again, fault
@@ -261,6 +247,7 @@ class _Run:
     async def _show_progress(self) -> None:
         try:
             while True:
+                self._tell_pause(self._throttle.pause_left)
                 self._console.progress(self._progress_line(), final=False)
                 await asyncio.sleep(PROGRESS_EVERY)
         finally:
@@ -278,7 +265,7 @@ class _Run:
             parts.append(f"{units / seconds:.3g}/s")
         parts.append(f"{self._throttle.in_flight}/{self._throttle.limit} in flight")
         if self._prices.known and not self._free:
-            parts.append(self._money_line())
+            parts.append(money.progress(self._budget))
         if (pause := self._throttle.pause_left) >= 1:
             parts.append(f"rate limit: next in {duration(pause)}")
         elif (silent := self._health.silent_for) >= 1:
@@ -287,12 +274,10 @@ class _Run:
             parts.append(f"{duration((totals.units - ended) * seconds / units)} left")
         return ", ".join(parts)
 
-    def _money_line(self) -> str:
-        budget = self._budget
-        unsure = f" (+ {money.dollars(budget.unsure)} unsure)" if budget.unsure else ""
-        return f"{money.dollars(budget.spent)}{unsure}" + (
-            f" of {money.dollars(budget.cap)}" if budget.cap is not None else ""
-        )
+    def _tell_pause(self, seconds: float) -> None:
+        if seconds >= LONG_PAUSE and not self._told_pause:
+            self._console.say(f"{INDENT}the endpoint asks to wait {duration(seconds)}; a signal ends it meanwhile")
+        self._told_pause = seconds >= LONG_PAUSE
 
     # --- Stopping ------------------------------------------------------------------------------
 

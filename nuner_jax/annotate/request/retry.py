@@ -12,8 +12,9 @@ from nuner_jax.annotate.request.answers import EndpointFault, fault_outcomes
 from nuner_jax.annotate.units import Outcome, Pending
 from nuner_jax.errors import NunerError
 
-LONGEST_DELAY = 60.0  # seconds between two attempts, on top of what the server asks for
-OUTAGE_UNITS = 3  # units that must have met faults, and nobody an answer, until it is the endpoint's fault
+LONGEST_DELAY = 60.0  # seconds between two attempts, and once more as much if the server asks for it
+OUTAGE_UNITS = 3  # units that must have met faults, and nobody an answer, until it is the endpoint's fault;
+# fewer where fewer are asked for at a time
 OUTAGE_FAULTS = 30  # faults without an answer between them after which the run stops, if also
 OUTAGE_STRETCH = 300.0  # seconds have passed since the first of them; times config.request.backoff
 PATIENCE = 20  # times config.request.max_attempts: attempts of a unit in all starts, whoever's fault they were
@@ -47,22 +48,41 @@ def delay(attempt: int, backoff: float, fault: EndpointFault | None) -> float:
     """Seconds to wait after the failed attempt number `attempt` (from 1).
 
     Exponential with full jitter (uniform between 0 and the bound), so that requests which failed together do not
-    come back together; on top of what the server asks for, if it does.
+    come back together; on top of what the server asks for, if it does, but that no longer than `LONGEST_DELAY`.
     """
     if fault is None:  # an answer, though not one to keep: nothing is overloaded
         return 0.0
-    return (fault.retry_after or 0.0) + random.uniform(0.0, min(LONGEST_DELAY, backoff * 2 ** min(attempt - 1, 16)))
+    # A wait that concerns all is the throttle's, in which it can be seen; a single unit does not wait for hours.
+    return min(LONGEST_DELAY, fault.retry_after or 0.0) + random.uniform(
+        0.0, min(LONGEST_DELAY, backoff * 2 ** min(attempt - 1, 16))
+    )
+
+
+def rejects_everything(name: str, count: int, detail: str) -> NunerError:
+    """The error of an endpoint that found all requests wrong, `count` so far."""
+    return NunerError(
+        f"{name} rejects every request, {count:,} so far, with {detail!r}; correct what it names "
+        "(config.endpoint.extra, max_tokens_key, temperature, config.prompt) and start again: no unit was given up"
+    )
 
 
 class Health:
     """Whether the endpoint answers at all, seen over all requests of a start."""
 
-    def __init__(self, backoff: float, *, proven: bool):
-        """An endpoint of which nothing is known yet but `proven`: whether it answered in an earlier start."""
+    def __init__(self, backoff: float, at_a_time: int, *, proven: bool):
+        """An endpoint of which nothing is known yet.
+
+        Args:
+          backoff: config.request.backoff.
+          at_a_time: units, or groups of them, that are under way at most.
+          proven: whether it answered in an earlier start.
+        """
         self.proven = proven
+        self._enough = min(OUTAGE_UNITS, at_a_time)
         self._stretch = OUTAGE_STRETCH * backoff
         self._faults = 0
         self._since = 0.0
+        self._unreachable = False
         self._units: set[str] = set()
         self._rejected: set[str] = set()
 
@@ -73,12 +93,13 @@ class Health:
 
     @property
     def _is_down(self) -> bool:
-        return len(self._units) >= OUTAGE_UNITS
+        return self._unreachable or len(self._units) >= self._enough
 
     def answered(self) -> None:
         """A request was answered."""
         self.proven = True
         self._faults = 0
+        self._unreachable = False
         self._units.clear()
 
     def judge(self, work: Work, fault: EndpointFault, max_attempts: int) -> tuple[list[Outcome], bool]:
@@ -89,7 +110,7 @@ class Health:
         that brings every server down comes to an end.
         """
         if fault.retry:
-            self._note(work)
+            self._note(work, fault)
         elif fault.reason == "bad_request" and not self.proven:
             # Perhaps the config is wrong, and no unit: they are not given up before one was answered.
             self._rejected.update(unit.id for unit in work.units)
@@ -101,11 +122,7 @@ class Health:
     def reason_to_stop(self, fault: EndpointFault, name: str) -> NunerError | None:
         """The error that ends the run, if this fault was one too many."""
         if len(self._rejected) >= FIRST_REJECTED and not self.proven:
-            return NunerError(
-                f"{name} rejects every request, {len(self._rejected)} of {len(self._rejected)} so far, with "
-                f"{fault.detail!r}; correct what it names (config.endpoint.extra, max_tokens_key, temperature, "
-                "config.prompt) and start again: no unit was given up"
-            )
+            return rejects_everything(name, len(self._rejected), fault.detail)
         if self._is_down and self._faults >= OUTAGE_FAULTS and self.silent_for >= self._stretch:
             return NunerError(
                 f"{name} has answered none of the last {self._faults} requests, the last one with {str(fault)!r}; "
@@ -113,8 +130,9 @@ class Health:
             )
         return None
 
-    def _note(self, work: Work) -> None:
+    def _note(self, work: Work, fault: EndpointFault) -> None:
         if not self._faults:
             self._since = time.monotonic()
         self._faults += 1
+        self._unreachable = fault.reason == "unreachable"  # no unit's fault, however few there are
         self._units.update(unit.id for unit in work.units)

@@ -28,26 +28,44 @@ SCRIPTS = {
 }
 """The scripts, and the first words of the Unicode names of their letters."""
 
+_LANGUAGE = re.compile("[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # category Cc but for tab and newline
 _ASCII_LETTER = re.compile("[A-Za-z]")
 _VARIANTS = ("FULLWIDTH ", "HALFWIDTH ")  # begin the names of letters that come in two widths
 
 
+def check_settings(source: ConfigDict) -> None:
+    """Finds what no unit can be made with, before anything is read.
+
+    Raises:
+      NunerError: a language that is no code, an unknown script, or a package that is missing.
+    """
+    if not _LANGUAGE.fullmatch(source.language):
+        raise NunerError(
+            f"config.source.language = {source.language!r}: a code of ISO 639 in lower case, such as en, de or yue"
+        )
+    UnitFilter(source)
+    unit_splitter(source.unit, source.language)
+
+
 def unit_splitter(unit: str, language: str) -> Callable[[str], list[str]]:
-    """The function from a text to its units: no text is changed, but space at the ends of a unit goes.
+    """The function from a text to its units, which are as they stand in it, but for two things.
+
+    Space at the ends of a unit goes, and every line ends in a newline: of a text with the line ends of Windows, no
+    unit of several lines would pass the filter of control characters.
 
     Args:
       unit: "row" (the whole text), "passage" (its paragraphs) or "sentence" (the sentences of its paragraphs).
-      language: of the sentences, ISO 639-1; one that sentencex does not know is split by general rules.
+      language: of the sentences, ISO 639; one that sentencex does not know is split by general rules.
 
     Raises:
       NunerError: sentencex is missing.
     """
     if unit == "row":
-        return lambda text: _stripped([text])
+        return lambda text: _stripped([_with_newlines(text)])
     if unit == "passage":
-        return lambda text: _stripped(paragraphs(text))
+        return lambda text: _stripped(paragraphs(_with_newlines(text)))
     try:
         from sentencex import segment
     except ImportError as error:
@@ -55,7 +73,9 @@ def unit_splitter(unit: str, language: str) -> Callable[[str], list[str]]:
             "config.source.unit = 'sentence' needs the package sentencex; install the extra: "
             "pip install 'nuner_jax[annotate]'"
         ) from error
-    return lambda text: _stripped(piece for part in paragraphs(text) for piece in segment(language, part))
+    return lambda text: _stripped(
+        piece for part in paragraphs(_with_newlines(text)) for piece in segment(language, part)
+    )
 
 
 def paragraphs(text: str) -> list[str]:
@@ -122,6 +142,10 @@ class _LetterTable(dict):
             mark = "s" if re.split("[ -]", name)[0] in self._prefixes else "o"
         self[code] = mark
         return mark
+
+
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _stripped(pieces: Iterable[str]) -> list[str]:

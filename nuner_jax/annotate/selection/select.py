@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nuner_jax.annotate.selection.duplicates import RANK_BYTES, near_duplicates, rank
-from nuner_jax.annotate.selection.filters import REASONS, UnitFilter, unit_splitter
+from nuner_jax.annotate.selection.filters import REASONS, UnitFilter, check_settings, unit_splitter
 from nuner_jax.annotate.selection.sources import Source, read_texts, resolve
 from nuner_jax.annotate.units import Unit
+from nuner_jax.annotate.workdir import SELECTION_FILE, UNITS_FILE
 from nuner_jax.data.importers.report import Tally, kind_lines
 from nuner_jax.data.importers.rows import text_lines
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import workshop, writing
 from nuner_jax.writers import duration
 
-UNITS_FILE = "units.jsonl.gz"
-SELECTION_FILE = "selection.json"
 LEFT_OUT = (*REASONS, "duplicate", "near_duplicate", "beyond_sample", "other_shard")
 """Every unit that is read is selected or left out for one of these."""
 
-FORMAT_VERSION = 1  # raise it when the same input gives another selection
-SPARE, SPARE_UNITS = 1.2, 1000  # units held for one of the sample, since some turn out as near duplicates
+_FORMAT_VERSION = 2  # raise it when the same input gives another selection
+_SPARE, _SPARE_UNITS = 1.2, 1000  # units held for one of the sample, since some turn out as near duplicates
 _OVERFLOW = 1.5  # times the limit, at which the largest ranks are let go: sorting now and then beats a heap
 _PROGRESS_S = 30.0
 _GZIP_LEVEL = 3  # as quick as everything else here
@@ -79,16 +78,12 @@ def select(config: ConfigDict, folder: Path, say: Say) -> Selection:
       say: takes lines for the user.
 
     Raises:
-      NunerError: bad input, see `sources.read_texts`; no unit is left; `folder` cannot be written.
+      NunerError: bad input, see `check_settings` and `sources.read_texts`; no unit is left; `folder` cannot be written.
     """
     began = time.monotonic()
+    check_settings(config.source)
     sources = resolve(config.source)
-    made_of = {
-        "version": FORMAT_VERSION,
-        "source": json.loads(json.dumps(config.source.to_dict())),  # tuples become the lists that a file gives back
-        "seed": config.seed,
-        "inputs": [identity for source in sources for identity in source.identity()],
-    }
+    made_of = provenance(config, [identity for source in sources for identity in source.identity()])
     stored = _stored(folder)
     if stored is not None and all(stored.get(key) == value for key, value in made_of.items()):
         say(f"selection    {stored['counts']['selected']:,} units: up to date")
@@ -112,6 +107,52 @@ def read_units(path: Path) -> Iterator[Unit]:
             yield Unit(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise NunerError(f"{path}:{number}: is no line of a selection; delete the file and select again") from error
+
+
+# --- Rules that the stage in Beam has, too -----------------------------------------------------
+
+
+def provenance(config: ConfigDict, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides a selection, as selection.json holds it; `inputs`: the identities of what is read."""
+    return {
+        "version": _FORMAT_VERSION,
+        "source": json.loads(json.dumps(config.source.to_dict())),  # tuples become the lists that a file gives back
+        "seed": config.seed,
+        "inputs": list(inputs),
+    }
+
+
+def units_held(source: ConfigDict) -> int | None:
+    """How many units of smallest rank are held for the sample, at first; None: all."""
+    if source.size is None or source.duplicates != "near":
+        return source.size
+    return int(_SPARE * source.size) + _SPARE_UNITS
+
+
+def no_counts() -> dict[str, int]:
+    """The counts of selection.json, all 0."""
+    return dict.fromkeys(("texts", "malformed", "units", *LEFT_OUT, "selected"), 0)
+
+
+def count_left_out(counts: dict[str, int], source: ConfigDict, *, reached: int, chosen: int, repeats: int) -> None:
+    """Counts what was left out of the ranked units: repetitions up to the last one chosen, and all beyond it.
+
+    Args:
+      counts: has those of units and of `REASONS`; gets the others.
+      source: config.source, for the error.
+      reached: different texts up to the last unit chosen, or all if they were too few.
+      chosen: those of them that are no near duplicates.
+      repeats: how often their texts came again.
+
+    Raises:
+      NunerError: no unit is chosen.
+    """
+    counts["near_duplicate"], counts["duplicate"] = reached - chosen, repeats
+    offered = counts["units"] - sum(counts[reason] for reason in REASONS)
+    counts["beyond_sample"] = offered - reached - repeats
+    if not chosen:
+        reasons = ", ".join(f"{reason} {counts[reason]:,}" for reason in LEFT_OUT if counts[reason])
+        raise NunerError(f"{', '.join(source.paths)}: no unit is left ({reasons}); see config.source")
 
 
 # --- Reading and choosing ----------------------------------------------------------------------
@@ -173,9 +214,7 @@ class _Texts(Sequence[str]):
 def _choose(config: ConfigDict, sources: Sequence[Source], say: Say) -> tuple[Iterator[Unit], dict[str, int], Tally]:
     """The units of the sample, the counts and the malformed rows; reads again if near duplicates leave too few."""
     size, near_too = config.source.size, config.source.duplicates == "near"
-    limit = size
-    if size is not None and near_too:
-        limit = int(SPARE * size) + SPARE_UNITS
+    limit = units_held(config.source)
     while True:
         pool = _Pool(config.seed, limit)
         counts, malformed = _fill(pool, config.source, sources, say)
@@ -192,10 +231,9 @@ def _choose(config: ConfigDict, sources: Sequence[Source], say: Say) -> tuple[It
             f"selection    without near duplicates, {len(chosen):,} of the {size:,} units are left: reading again, and "
             f"holding {limit:,}"
         )
-    _count_left_out(counts, pool, ranked, chosen, size)
-    if not len(chosen):
-        reasons = ", ".join(f"{reason} {counts[reason]:,}" for reason in LEFT_OUT if counts[reason])
-        raise NunerError(f"{', '.join(config.source.paths)}: no unit is left ({reasons}); see config.source")
+    reached = int(chosen[-1]) + 1 if len(chosen) == size else len(ranked)
+    repeats = sum(pool.repeats[place] for place in itertools.islice(ranked, reached)) if pool.repeats else 0
+    count_left_out(counts, config.source, reached=reached, chosen=len(chosen), repeats=repeats)
     return (_unit(pool.units[ranked[at]]) for at in chosen), counts, malformed
 
 
@@ -204,7 +242,7 @@ def _fill(pool: _Pool, source: ConfigDict, sources: Sequence[Source], say: Say) 
     malformed = Tally()
     split = unit_splitter(source.unit, source.language)
     reason_of = UnitFilter(source).reason
-    counts = dict.fromkeys(("texts", "malformed", "units", *LEFT_OUT, "selected"), 0)
+    counts = no_counts()
     last = time.monotonic()
     for text, place in read_texts(sources, malformed):
         counts["texts"] += 1
@@ -221,18 +259,6 @@ def _fill(pool: _Pool, source: ConfigDict, sources: Sequence[Source], say: Say) 
             say(f"selection    {counts['units']:,} units in {counts['texts']:,} texts read")
     counts["malformed"] = malformed.total()
     return counts, malformed
-
-
-def _count_left_out(
-    counts: dict[str, int], pool: _Pool, ranked: list[bytes], chosen: np.ndarray, size: int | None
-) -> None:
-    """Counts what the pool left out: repetitions and near duplicates up to the last unit chosen, and all beyond it."""
-    full = len(chosen) == size
-    reached = int(chosen[-1]) + 1 if full else len(ranked)
-    counts["near_duplicate"] = reached - len(chosen)
-    counts["duplicate"] = sum(pool.repeats[place] for place in itertools.islice(ranked, reached)) if pool.repeats else 0
-    offered = counts["units"] - sum(counts[reason] for reason in REASONS)
-    counts["beyond_sample"] = offered - reached - counts["duplicate"]
 
 
 def _unit(held: bytes) -> Unit:

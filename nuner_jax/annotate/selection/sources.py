@@ -86,8 +86,13 @@ def read_texts(sources: Sequence[Source], malformed: Tally) -> Iterator[tuple[st
             empty = empty and not text.strip()
             yield text, place
         if empty:
-            why = f"; malformed rows: {'; '.join(kind_lines(faults.as_dict(), places=3))}" if faults.total() else ""
-            raise NunerError(f"{name}: holds no text{why}")
+            raise no_text(name, faults)
+
+
+def no_text(name: str, malformed: Tally) -> NunerError:
+    """The error for a source without any text; `malformed` has its rows that could not be read."""
+    why = f"; malformed rows: {'; '.join(kind_lines(malformed.as_dict(), places=3))}" if malformed.total() else ""
+    return NunerError(f"{name}: holds no text{why}")
 
 
 def _resolve_one(entry: str, source: ConfigDict) -> Source:
@@ -177,7 +182,7 @@ def _passages(lines: Iterable[tuple[int, str]], max_chars: int) -> Iterator[tupl
 
 
 def _row_file(path: Path, field: str) -> Iterator[Text]:
-    return _row_texts(read_rows(path), field, str(path), _label(path))
+    return _row_texts(read_rows(path, only=field), field, str(path), _label(path))
 
 
 def _row_texts(rows: Iterable[NumberedRow], field: str, name: str, label: str) -> Iterator[Text]:

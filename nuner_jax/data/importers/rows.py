@@ -38,14 +38,15 @@ def suffix(path: Path) -> str:
     return Path(name).suffix
 
 
-def read_rows(path: Path) -> Iterator[NumberedRow]:
+def read_rows(path: Path, only: str | None = None) -> Iterator[NumberedRow]:
     """Yields (line number, row) of a JSONL, JSON, CSV or parquet file.
 
     Numbers count from 1: lines of JSONL and CSV (where the row begins), rows of a JSON array and
-    of parquet. Raises `NunerError` if the file is missing, corrupt or not UTF-8.
+    of parquet. `only` is a column that is enough for the caller: of parquet that has it, no other is
+    read. Raises `NunerError` if the file is missing, corrupt or not UTF-8.
     """
     if suffix(path) == ".parquet":
-        return _parquet_rows(path)
+        return _parquet_rows(path, only)
     if suffix(path) == ".csv":
         return _csv_rows(path)
     if first_line(path).startswith("["):
@@ -142,7 +143,7 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
         raise _corrupt_gzip(path, number, error) from error
 
 
-def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
+def _parquet_rows(path: Path, only: str | None) -> Iterator[NumberedRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -152,7 +153,8 @@ def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
             # Parquet needs random access: a compressed one is unpacked into memory.
             seekable = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
             parquet = pyarrow.parquet.ParquetFile(seekable)
-            for batch in parquet.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+            columns = [only] if only in parquet.schema_arrow.names else None
+            for batch in parquet.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
