@@ -11,9 +11,9 @@ from flax import nnx
 from nuner_jax import config as config_lib
 from nuner_jax import pretrained
 from nuner_jax.data.corpus import special_tokens
+from nuner_jax.data.ner.words import word_spans
 from nuner_jax.errors import NunerError
 from nuner_jax.fewshot import features
-from nuner_jax.fewshot.words import word_spans
 from nuner_jax.models.encoder import Encoder, EncoderConfig
 from nuner_jax.models.params import merge, split
 from nuner_jax.train import train

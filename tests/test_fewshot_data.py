@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from nuner_jax.data.importers.conll import read_conll
+from nuner_jax.data.ner.datasets import load, report_table
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.datasets import load, report_table
 
 # One sentence in every scheme: two mentions of one type side by side, a longer one, and nothing.
 WORDS = ["Anna", "Bo", "saw", "New", "York", "City", "."]
@@ -351,7 +351,7 @@ def test_sets_of_the_hub_come_from_its_cache_without_a_network(tmp_path, run_pyt
             table = pyarrow.table({"tokens": [[setting, part]], "fine_ner_tags": [["O", "art-film"]]})
             pyarrow.parquet.write_table(table, few / setting / part / "0000.parquet")
     code = (
-        "from nuner_jax.fewshot.datasets import load\n"
+        "from nuner_jax.data.ner.datasets import load\n"
         "for name in ('bionlp2004', 'fewnerd_inter'):\n"
         "    one = load({'name': name})\n"
         "    texts = [[record.text for record in part] for part in (one.train, one.test, one.dev)]\n"

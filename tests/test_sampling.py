@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from nuner_jax.data.ner.datasets import load
+from nuner_jax.data.ner.words import flat, label_words, word_spans
 from nuner_jax.data.records import Entity, Record
 from nuner_jax.errors import NunerError
 from nuner_jax.fewshot import sampling
-from nuner_jax.fewshot.datasets import load
 from nuner_jax.fewshot.sampling import hash_ids, pool_counts, sample_sentences, shortages
-from nuner_jax.fewshot.words import flat, label_words, word_spans
 
 # --- Words ------------------------------------------------------------------------------------
 

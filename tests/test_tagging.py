@@ -8,12 +8,12 @@ from flax import nnx
 
 from nuner_jax import pretrained
 from nuner_jax.config import SAMPLE_TOKENIZER
+from nuner_jax.data.ner.words import word_spans
 from nuner_jax.data.packed_rows import PackedRows
 from nuner_jax.data.records import Entity, Record
 from nuner_jax.data.tagged import WordLoader, tokenise
 from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.words import word_spans
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.tagger import Tagger
 from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits

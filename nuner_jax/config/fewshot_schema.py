@@ -59,7 +59,7 @@ def fewshot() -> ConfigDict:
     return ConfigDict(
         {
             "task": "fewshot",
-            "sets": {},  # name -> keys of a data set (`SetSpec` in nuner_jax/fewshot/set_spec.py); {}: a known one
+            "sets": {},  # name -> keys of a data set (`SetSpec` in nuner_jax/data/ner/set_spec.py); {}: a known one
             "encoders": {},  # name -> Hugging Face folder or hub name, or workdir or checkpoint of pre-training
             "baseline": config_dict.placeholder(str),  # encoder that the others are compared with, in pairs; None: none
             "k": (1, 4, 16, 64),  # mentions (rule kw: words) of each type to learn from

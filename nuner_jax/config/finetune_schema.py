@@ -84,17 +84,8 @@ def finetune() -> ConfigDict:
             },
             "optim": _optim(),
             "mesh": shared.mesh,
-            "eval": {
-                "every": 100,  # steps between evaluations on the dev split; one at the start and one at the end besides
-                "rows": 32,  # rows of an evaluation batch
-                "patience": config_dict.placeholder(int),  # evaluations without a better one that end training
-            },
-            "checkpoint": {
-                "every": 100,  # steps between checkpoints; one at the end and one at SIGTERM besides
-                "keep": 1,  # latest checkpoints kept, beside the best one
-                "best": "dev/entity_f1",  # what chooses the best one; or dev/token_macro_f1, dev/string_f1, dev/loss
-                "init_from": config_dict.placeholder(str),  # workdir or checkpoint of another fine-tuning to start from
-            },
+            "eval": _eval(),
+            "checkpoint": _checkpoint(),
             "log_every": 20,  # steps between lines of metrics
             "plot": True,  # write training.png at the end
             "export": False,  # write the Hugging Face folder WORKDIR/export at the end
@@ -105,7 +96,7 @@ def finetune() -> ConfigDict:
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "set": {  # keys of `SetSpec` in nuner_jax/fewshot/set_spec.py; None: as it is known, or told from the files
+            "set": {  # keys of `SetSpec` in data/ner/set_spec.py; None: as it is known, or told from the files
                 "name": "travel_desk",  # one that is known (named_sets.py), or your own name with the files below
                 "path": config_dict.placeholder(str),  # folder with the files of the splits
                 "train": config_dict.placeholder(str),  # or each split by itself: a file, or hf:org/data_set:part
@@ -162,5 +153,26 @@ def _optim() -> ConfigDict:
             "weight_decay": 0.01,  # on matrices and embeddings only
             "clip_norm": 1.0,  # global L2 norm of the gradient
             "accumulate": 1,  # micro-batches per update
+        }
+    ).lock()
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        {
+            "every": 100,  # steps between evaluations on the dev split; one at the start and one at the end besides
+            "rows": 32,  # rows of an evaluation batch
+            "patience": config_dict.placeholder(int),  # evaluations without a better one that end training
+        }
+    ).lock()
+
+
+def _checkpoint() -> ConfigDict:
+    return ConfigDict(
+        {
+            "every": 100,  # steps between checkpoints; one at the end and one at SIGTERM besides
+            "keep": 1,  # latest checkpoints kept, beside the best one
+            "best": "dev/entity_f1",  # what chooses the best one; or dev/token_macro_f1, dev/string_f1, dev/loss
+            "init_from": config_dict.placeholder(str),  # workdir or checkpoint of another fine-tuning to start from
         }
     ).lock()

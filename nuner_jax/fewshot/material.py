@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from nuner_jax.data import ragged
+from nuner_jax.data.ner.datasets import TaggedSet
+from nuner_jax.data.ner.words import label_words, word_spans
 from nuner_jax.data.records import Record
-from nuner_jax.fewshot.datasets import TaggedSet
 from nuner_jax.fewshot.sampling import Sample, pool_counts, sample_sentences, shortages
-from nuner_jax.fewshot.words import label_words, word_spans
 from nuner_jax.metrics import Spans
 
 

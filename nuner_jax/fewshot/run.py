@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from nuner_jax import metrics
 from nuner_jax import workdir as workdir_lib
+from nuner_jax.data.ner import datasets
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot import datasets, figures, page, tables
+from nuner_jax.fewshot import figures, page, tables
 from nuner_jax.fewshot.features import Frozen, WordFeatures, load_frozen, word_features
 from nuner_jax.fewshot.heads import HeadOptions, predict_heads, train_heads
 from nuner_jax.fewshot.material import Material, Sentences

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nuner_jax.data.ner.datasets import TaggedSet
+from nuner_jax.data.ner.words import label_words, word_spans
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.datasets import TaggedSet
-from nuner_jax.fewshot.words import label_words, word_spans
 
 RULES = {"k~2k": "mentions", "kw": "words"}  # what each counts, per type
 _BLOCK = 256  # sentences looked at together

@@ -9,10 +9,10 @@ import numpy as np
 
 from nuner_jax import metrics
 from nuner_jax.data import ragged
+from nuner_jax.data.ner.words import label_words, word_spans
 from nuner_jax.data.records import Record
 from nuner_jax.data.tagged import WordCorpus, tokenise
 from nuner_jax.decoding import Scheme
-from nuner_jax.fewshot.words import label_words, word_spans
 
 _SURE = 1e4  # logit by which a word that no token shows is outside
 

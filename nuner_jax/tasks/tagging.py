@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax import pretrained, sharding, text_encoder
+from nuner_jax.data.ner import datasets
 from nuner_jax.data.records import Record
 from nuner_jax.data.tagged import WordLoader
 from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot import datasets
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.tagger import Tagger

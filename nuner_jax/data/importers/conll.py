@@ -32,11 +32,11 @@ def read_conll(path: Path) -> Iterator[tuple[int, ParsedRow | MalformedRow]]:
     """
     separator: str | None = None
     columns = 0
-    for sentence in _sentences(path):
+    for sentence in read_sentences(path):
         if separator is None:
             number, line = sentence[0]
             separator = "\t" if "\t" in line else " "
-            columns = len(_cells(line, separator))
+            columns = len(split_cells(line, separator))
             if columns < 2:
                 raise NunerError(
                     f"{path}:{number}: CoNLL needs a word and a tag divided by a tab or spaces, not {line[:40]!r}"
@@ -65,7 +65,8 @@ def tag_spans(tags: list[str]) -> list[tuple[int, int, str]]:
     return spans
 
 
-def _sentences(path: Path) -> Iterator[Sentence]:
+def read_sentences(path: Path) -> Iterator[Sentence]:
+    """The sentences of a file, which blank and -DOCSTART- lines divide: (line number, line) of each word."""
     sentence: Sentence = []
     for number, line in text_lines(path):
         if line.strip() and not line.startswith("-DOCSTART-"):
@@ -80,7 +81,7 @@ def _sentences(path: Path) -> Iterator[Sentence]:
 def _parse_sentence(sentence: Sentence, separator: str, columns: int) -> tuple[int, ParsedRow | MalformedRow]:
     words, tags = [], []
     for number, line in sentence:
-        cells = _cells(line, separator)
+        cells = split_cells(line, separator)
         if len(cells) != columns:
             return number, MalformedRow("ragged_line")
         if not cells[0] or not cells[-1]:
@@ -96,7 +97,7 @@ def _parse_sentence(sentence: Sentence, separator: str, columns: int) -> tuple[i
     return sentence[0][0], ParsedRow(" ".join(words), entities=entities)
 
 
-def _cells(line: str, separator: str) -> list[str]:
+def split_cells(line: str, separator: str) -> list[str]:
     """Only tabs or spaces divide: other Unicode spaces may be part of a word."""
     if separator == "\t":
         return [cell.strip(" ") for cell in line.split("\t")]

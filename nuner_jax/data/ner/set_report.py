@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nuner_jax.data.importers.report import kind_lines
+from nuner_jax.data.ner.words import is_within_word
 from nuner_jax.data.records import Record
-from nuner_jax.fewshot.words import is_within_word
 
 _FILE_COUNTS = {
     "empty_sentences": "empty sentences, left out",

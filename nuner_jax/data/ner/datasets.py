@@ -18,12 +18,12 @@ from nuner_jax.data.importers.formats import ParsedRow, detect_row_format
 from nuner_jax.data.importers.report import Tally, kind_lines
 from nuner_jax.data.importers.rows import MalformedRow, first_line, read_rows, suffix
 from nuner_jax.data.importers.stream import read_file
+from nuner_jax.data.ner.set_report import contents, overlaps, report_table
+from nuner_jax.data.ner.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
+from nuner_jax.data.ner.tagged_files import TagLayout, read_columns, read_tokens
+from nuner_jax.data.ner.words import flat, label_words, word_spans
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.set_report import contents, overlaps, report_table
-from nuner_jax.fewshot.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
-from nuner_jax.fewshot.tagged_files import TagLayout, read_columns, read_tokens
-from nuner_jax.fewshot.words import flat, label_words, word_spans
 
 __all__ = ["FORMATS", "SetSpec", "TaggedSet", "label_words", "load", "report_table", "word_spans"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nuner_jax.data.align import concept_name
-from nuner_jax.data.importers.conll import _cells, _sentences, tag_spans
+from nuner_jax.data.importers.conll import read_sentences, split_cells, tag_spans
 from nuner_jax.data.importers.formats import ParsedRow, word_starts
 from nuner_jax.data.importers.report import Tally
 from nuner_jax.data.importers.rows import MalformedRow, read_rows, suffix
@@ -105,7 +105,7 @@ def detect_scheme(pairs: Counter[tuple[str, str]]) -> str:
 
 def _columns(path: Path, layout: TagLayout) -> Iterator[_Read]:
     separator, columns = "", 0
-    for sentence in _sentences(path):
+    for sentence in read_sentences(path):
         if layout.comment:
             sentence = [(number, line) for number, line in sentence if not line.startswith(layout.comment)]
             if not sentence:
@@ -113,9 +113,9 @@ def _columns(path: Path, layout: TagLayout) -> Iterator[_Read]:
         if not separator:
             number, line = sentence[0]
             separator = "\t" if "\t" in line else " "
-            columns = len(_cells(line, separator))
+            columns = len(split_cells(line, separator))
             _check_columns(f"{path}:{number}", line, columns, layout)
-        rows = [_cells(line, separator) for _, line in sentence]
+        rows = [split_cells(line, separator) for _, line in sentence]
         lines = [number for number, _ in sentence]
         words = [cells[layout.word_column] for cells in rows if len(cells) == columns]
         tags = [cells[layout.tag_column] for cells in rows if len(cells) == columns]

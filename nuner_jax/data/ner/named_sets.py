@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SAMPLE = Path(__file__).parents[1] / "data" / "sample"
+_SAMPLE = Path(__file__).parents[1] / "sample"
 Keys = Mapping[str, Any]
 
 

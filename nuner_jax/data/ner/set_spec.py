@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nuner_jax.data.importers.hub import HUB_PREFIX, fetch
+from nuner_jax.data.ner.named_sets import ANY_FOLDER, NAMED
+from nuner_jax.data.ner.tagged_files import TagLayout
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.named_sets import ANY_FOLDER, NAMED
-from nuner_jax.fewshot.tagged_files import TagLayout
 
 SPLITS = ("train", "test", "dev")
 FORMATS = ("conll", "tokens", "gliner", "spans")  # those that say where each mention stands
