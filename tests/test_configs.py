@@ -57,7 +57,7 @@ def on_small_data(rows_file, tmp_path, minilm_folder):
             tokenizer = minilm_folder if ENCODERS[name]["model_type"] == "bert" else ROOT / config_lib.SAMPLE_TOKENIZER
             shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "config.json"))
             (folder / "config.json").write_text(json.dumps(ENCODERS[name] | {"layer_norm_eps": 1e-5}))
-            for tower in {"text", "concept"} & config.model.keys():
+            for tower in {"text", "concept"} & set(config.model):
                 config.model[tower] = str(folder)
         return config
 
