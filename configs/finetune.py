@@ -9,7 +9,8 @@ set, and --config.data.set.path=FOLDER your own CoNLL or JSONL files, with a nam
 Cost: 120 steps of about 20 sentences, one minute on two CPU cores. Measured (seed 0, all-MiniLM-L6-v2, test split):
 token macro F1 75.4%, entity micro F1 69.3% (dev: 73.7% and 68.0%), string F1 69.5%; with 25 epochs, 75.8% and 70.5%.
 
-A frozen encoder: --config.model.frozen_layers=-1 --config.head.standardise --config.head.kind=mlp --config.lr=1e-3.
+A frozen encoder: --config.model.frozen_layers=-1 --config.head.standardise --config.head.kind=mlp --config.lr=1e-3,
+where the head's learning rate is 10 times that (half a minute; 58.5% and 41.2%).
 The "two embeddings" of the paper: --config.model.layers="(-1, 7)".
 """
 
@@ -21,7 +22,7 @@ def get_config(encoder="roberta-base"):
     config.model.text = encoder
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
 
-    config.data.set.dev = "0.1"  # the embedded sets have no dev split: a share of the training texts
+    config.data.dev_share = 0.1  # the embedded sets have no dev split: a share of the training texts
     config.data.rows = 4  # about 20 sentences
     config.data.row_length = 128
 

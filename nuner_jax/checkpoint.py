@@ -156,8 +156,11 @@ class _KeepBest:
 
 
 def _best(checkpoints, metric: str | None, is_lower: bool) -> int | None:
-    """The step of the best of those that have the metric, the earliest of equals; without any, the latest."""
-    measured = [c for c in checkpoints if c.metrics and metric in c.metrics]
+    """The step of the best of those that have the metric, the earliest of equals; without any, the latest.
+
+    Step 0 does not compete: it is saved only where a run is interrupted there, which must not change the choice.
+    """
+    measured = [c for c in checkpoints if c.step and c.metrics and metric in c.metrics]
     if not measured:
         return max((c.step for c in checkpoints), default=None)
     sign = 1 if is_lower else -1

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export(folder: Path, out: Path) -> str:
-    """Writes the towers, or the tagger, of a checkpoint as a Hugging Face folder.
+    """Writes the tower or towers, or the tagger, of a checkpoint as a Hugging Face folder.
 
     Args:
       folder: WORKDIR/checkpoints/STEP.
@@ -63,7 +63,7 @@ def export(folder: Path, out: Path) -> str:
         partial.mkdir(parents=True)
         more = write(partial, tokenizer, info, params) | {"data": info["data"], "step": int(folder.name)}
         (partial / "nuner.json").write_text(json.dumps(more, indent=2))
-        (partial / "README.md").write_text(card.format(step=folder.name, data=info["data"]))
+        (partial / "README.md").write_text(card.format(**more))
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
@@ -80,6 +80,13 @@ def _write_towers(partial: Path, tokenizer: Path, info: dict, params: dict) -> d
         shutil.copytree(tokenizer, place, dirs_exist_ok=True)
         pretrained.save_encoder(place, EncoderConfig.from_hf(info[tower]), params[tower])
     return {"log_scale": scale, "bias": bias, "concept_pooling": info["concept_pooling"]}
+
+
+def _write_text_tower(partial: Path, tokenizer: Path, info: dict, params: dict) -> dict:
+    """The encoder that was trained on classes; returns what these were."""
+    shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+    pretrained.save_encoder(partial, EncoderConfig.from_hf(info["text"]), params["text"])
+    return {"classes": info["classes"]}
 
 
 def _write_tagger(partial: Path, tokenizer: Path, info: dict, params: dict) -> dict:
@@ -124,6 +131,27 @@ vectors = model(**tokenizer("Divers from the Roscoff station", return_tensors="p
 `concept/` holds the encoder of concept names, and `nuner.json` the scale, bias and pooling that join the two.
 """
 
+_CLASSES_CARD = """---
+library_name: transformers
+tags: [named-entity-recognition, ner-bert]
+---
+# An encoder pre-trained on a closed set of entity types
+
+Pre-trained as NER-BERT was (Liu et al. 2021), as a classifier of tokens, with nuner_jax, at step {step}, on data of
+fingerprint `{data}`: a baseline for NuNER encoders. It is a plain encoder without the classifier: fine-tune it for
+token classification, or take its vectors.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModel.from_pretrained("THIS_FOLDER", add_pooling_layer=False)
+vectors = model(**tokenizer("Divers from the Roscoff station", return_tensors="pt")).last_hidden_state
+```
+
+`nuner.json` holds the names of the classes.
+"""
+
 _TAGGER_CARD = """---
 library_name: transformers
 pipeline_tag: token-classification
@@ -132,7 +160,8 @@ tags: [named-entity-recognition, nuner]
 # A tagger of named entities
 
 Fine-tuned with nuner_jax, at step {step}, on data of fingerprint `{data}`. Every word's label is that of its first
-sub-token.
+sub-token. The labels are of the scheme {scheme}: nuner_jax takes the best valid sequence of them; the pipeline below
+takes each word's best label, and joins words whose labels are IO or BIO.
 
 ```python
 from transformers import pipeline
@@ -144,6 +173,7 @@ print(tagger("Divers from the Roscoff station recorded a bloom."))
 
 _KINDS = {
     "pretrain": ("AutoModel", _write_towers, _CARD),
+    "pretrain_classes": ("AutoModel", _write_text_tower, _CLASSES_CARD),
     "finetune": ("AutoModelForTokenClassification", _write_tagger, _TAGGER_CARD),
 }
 """By task: the class of transformers that loads the export, the function that writes it, and its card."""

@@ -68,6 +68,29 @@ def writing(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that is there; the lock goes with this process, however that ends.
+
+    Raises:
+      NunerError: another process is in it; or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    with writing(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise NunerError(
+                f"{folder}: in use by another process; wait for it, stop it, or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Holds the lock file beside `target`, so that processes of one host build it once."""
     from filelock import FileLock

@@ -60,6 +60,7 @@ def start(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if config.checkpoint.init_from:
         path = checkpoint.resolve(config.checkpoint.init_from)
+        _check_labels(path, task)
         params = checkpoint.load_params(path, abstract.params, donatable=True)
         origin = f"parameters of the checkpoint {path}"
     else:
@@ -80,6 +81,16 @@ def _check_data(path: Path, task: Task) -> None:
         raise NunerError(
             f"the training data is not that of the checkpoint {path} (fingerprint {here[:12]}, not {there[:12]}): "
             f"take the old data, or start in another --workdir with --config.checkpoint.init_from={path}"
+        )
+
+
+def _check_labels(path: Path, task: Task) -> None:
+    """A head is of no use for other labels, be they as many; and no shape would tell."""
+    there, here = checkpoint.read_info(path).get("labels"), task.export_info().get("labels")
+    if there and here and list(there) != list(here):
+        raise NunerError(
+            f"config.checkpoint.init_from: {path} has a head for the labels {', '.join(there)}, and here they are "
+            f"{', '.join(here)}: to take its encoder alone, set config.model.text to it"
         )
 
 

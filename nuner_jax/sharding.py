@@ -43,6 +43,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices, all along `data`: for what one process computes alone."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices), 1, 1), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
 def batch_devices(mesh: Mesh) -> int:
     """Number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

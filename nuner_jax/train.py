@@ -23,6 +23,7 @@ from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.errors import NunerError, run_command
+from nuner_jax.fewshot import transfer
 from nuner_jax.folders import local_path, writing
 from nuner_jax.preemption import StopRequest
 from nuner_jax.progress import Progress
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
-    config_lib.check(config, tasks=("pretrain", "finetune"))
+    config_lib.check(config, tasks=("pretrain", "pretrain_classes", "finetune"))
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
@@ -111,6 +112,7 @@ class Run:
 def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     """Opens the data, places the parameters, and makes the (not yet compiled) train step."""
     workdir_lib.make(workdir)
+    transfer.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     console.say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     task = make_task(config, mesh, console.say)
@@ -177,15 +179,15 @@ def loop(run: Run, console: Console) -> str | None:
             # The order matters: a step's numbers, its evaluation, then its checkpoint, which vouches for both.
             last = step >= total
             stopped_by = None if last else stop.reached(step)
-            evaluating = not stopped_by and step != evaluated_at and (last or step % config.eval.every == 0)
-            evaluating = evaluating and bool(evaluators)
+            # A request to stop waits for an evaluation that is due: a resumed run is to choose, and to end, alike.
+            evaluating = bool(evaluators) and step != evaluated_at and (last or step % config.eval.every == 0)
             metrics = {}
             if evaluating:
                 progress.flush()
                 with progress.paused():
                     metrics = run_evaluators(evaluators, state.params)
                 progress.evaluated(step, metrics)
-                stopped_by = None if last else stop.reached(step)  # a notice that came meanwhile
+                stopped_by = stopped_by or (None if last else stop.reached(step))  # a notice that came meanwhile
             if not stopped_by and (evaluating or step == evaluated_at):
                 last = last or _patience_ended(run, step, metrics, console)
             due = last or stopped_by or (step > 0 and step % config.checkpoint.every == 0)
@@ -219,7 +221,7 @@ def _patience_ended(run: Run, step: int, metrics: dict[str, float], console: Con
         return False
     run.checkpoints.wait()
     best = run.checkpoints.best
-    if best is None or step - best < patience:
+    if not best or step - best < patience:  # step 0 is evaluated, but not saved
         return False
     sign = -1 if run.task.best_is_lower else 1
     if metrics and sign * metrics[name] > sign * run.checkpoints.metrics(best)[name]:
@@ -245,7 +247,7 @@ def _final_metrics(run: Run) -> dict[str, float]:
 
 
 def _finish(run: Run, metrics: dict[str, float], began: float, console: Console) -> None:
-    """Writes result, plot and export of the best checkpoint; tells what was made, where, and what to do next."""
+    """Result, plot, export and few-shot table of the best checkpoint; what was made, where, and what to do next."""
     best, info = run.checkpoints.best, run.task.export_info()
     made = {"result": workdir_lib.write_result(run.workdir, run.config, best, metrics, info, began)}
     if run.config.plot:
@@ -255,6 +257,9 @@ def _finish(run: Run, metrics: dict[str, float], began: float, console: Console)
     if run.config.export:
         made["Hugging Face folder"] = run.workdir / "export"
         export.export(made["best checkpoint"], made["Hugging Face folder"])
+    if transfer.sets(run.config):
+        console.say("few-shot transfer, before and after pre-training:")
+        transfer.measure(run.config, run.workdir, made["best checkpoint"], console)
     console.say()
     console.say(f"Trained to step {run.checkpoints.latest:,} in {duration(time.time() - began)} (this start).")
     for name, path in made.items():

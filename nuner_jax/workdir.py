@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from nuner_jax import config as config_lib
 from nuner_jax.errors import NunerError
 
 _CONFIG_FILE = "config.json"
-_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
+"""Those whose release may change what a training run gives."""
 
 
 def make(workdir: Path) -> None:
@@ -49,6 +52,14 @@ def write_config(config: ConfigDict, workdir: Path, resumed: bool) -> list[str]:
     return changes
 
 
+def refuse_other_task(config: ConfigDict, workdir: Path) -> None:
+    """Keeps a run from writing over one of another task; raises `NunerError` if there is one in the folder."""
+    path = workdir / _CONFIG_FILE
+    task = json.loads(path.read_text()).get("task") if path.exists() else config.task
+    if task != config.task:
+        raise NunerError(f"--workdir={workdir} holds a run of the task {task!r}: choose another one")
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The config that a run was trained with.
 
@@ -61,6 +72,25 @@ def read_config(workdir: Path) -> ConfigDict:
     return config_lib.read(path)
 
 
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """The versions of Python, of this project and of libraries; those that are not installed are left out."""
+    found = {"python": platform.python_version(), "nuner_jax": nuner_jax.__version__}
+    for name in libraries:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def command() -> str:
+    """The command line of this process, as a shell takes it; the interpreter without its folder."""
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+
+
+def devices() -> str:
+    """How many devices there are, and of what kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def write_result(
     workdir: Path, config: ConfigDict, step: int, metrics: dict[str, float], info: dict, began: float
 ) -> Path:
@@ -69,13 +99,12 @@ def write_result(
     result = {
         "step": step,
         "metrics": metrics,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command(),
         "config": json.loads(config.to_json_best_effort()),
         "seed": config.seed,
         "data_fingerprint": info["data"],
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"python": platform.python_version(), "nuner_jax": nuner_jax.__version__}
-        | {name: metadata.version(name) for name in _LIBRARIES},
+        "devices": devices(),
+        "versions": versions(LIBRARIES),
         "seconds_of_last_start": round(time.time() - began, 1),
     }
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -32,10 +32,12 @@ BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 51
 XLMR = ROBERTA | {"model_type": "xlm-roberta", "vocab_size": 250002}
 ENCODERS = {
     "nuner_base": ROBERTA | BASE,
+    "ner_bert": ROBERTA | BASE,
     "nuner_large": ROBERTA | LARGE,
     "nuner_bert": BERT | BASE,
     "nuner_multilingual": XLMR | BASE,
     "minilm_open": BERT | SMALL,
+    "quickstart_minilm": BERT | SMALL,
     "finetune": BERT | SMALL,
 }
 
@@ -49,8 +51,10 @@ def on_small_data(rows_file, tmp_path, minilm_folder):
     """Makes a config find its encoder's sizes and some rows on this machine."""
 
     def adapt(config, name):
-        if config.task == "pretrain":
+        if config.task.startswith("pretrain"):
             config.data.sources = config_lib.sources(rows=config_lib.source(str(rows_file)))
+        if config.task == "finetune":
+            config.data.rows = 8  # one for each of the tests' devices
         config.data.cache_dir = str(rows_file.parent / "cache")
         if name in ENCODERS:
             folder = tmp_path / "encoder"

@@ -1,67 +1,23 @@
 """The few-shot command: from files to tables; the same samples for all; nothing computed is lost."""
 
 import json
+import pathlib
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_fewshot import make_material, write_conll
 
 from nuner_jax import config as config_lib
-from nuner_jax import pretrained
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot import run
-from nuner_jax.fewshot.results import read_rows
-from nuner_jax.models.encoder import Encoder, EncoderConfig
-from nuner_jax.models.params import split
-
-CITIES = ["Roscoff", "Brest", "Zagreb", "Lima", "Osaka", "Accra", "Turin", "Quito"]
-PEOPLE = ["Ann", "Bob", "Zeytoun", "Malcolm", "Ines", "Otto", "Lena", "Juri"]
-FRAMES = ["{p} sails to {c} .", "In {c} , {p} and {q} met .", "Nobody knows why it rains .", "{p} left {c} for {d} ."]
-
-
-def sentences(count, seed):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        (p, q), (c, d) = rng.choice(PEOPLE, 2, replace=False), rng.choice(CITIES, 2, replace=False)
-        yield rng.choice(FRAMES).format(p=p, q=q, c=c, d=d)
-
-
-def write_conll(path, count, seed):
-    tag = dict.fromkeys(CITIES, "B-city") | dict.fromkeys(PEOPLE, "B-person")
-    lines = ["".join(f"{word}\t{tag.get(word, 'O')}\n" for word in text.split()) for text in sentences(count, seed)]
-    path.write_text("\n".join(lines))
+from nuner_jax.fewshot import frozen, run
+from nuner_jax.fewshot.results import METRICS, read_rows
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A folder with two random encoders, `one` and `two`, and two data sets, `voyages` and `notes`."""
-    folder = tmp_path_factory.mktemp("fewshot")
-    config = EncoderConfig(
-        model_type="roberta",
-        vocab_size=8192,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=48,
-        max_positions=66,
-        position_offset=2,
-        type_vocab_size=1,
-        pad_token_id=1,
-    )
-    tokenizer = pretrained.load_tokenizer(pretrained.resolve(config_lib.SAMPLE_TOKENIZER))
-    for seed, name in enumerate(("one", "two")):
-        params = split(Encoder(config, dtype=jnp.float32, rngs=nnx.Rngs(seed)))[1]
-        # The initial deviation of 0.02 makes all vectors alike.
-        pretrained.save_encoder(folder / name, config, jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params))
-        tokenizer.save_pretrained(str(folder / name))
-    for seed, name in enumerate(("voyages", "notes")):
-        (folder / name).mkdir()
-        write_conll(folder / name / "train.txt", 60, seed)
-        write_conll(folder / name / "test.txt", 40, 10 + seed)
-    return folder
+    return make_material(tmp_path_factory.mktemp("fewshot"))
 
 
 @pytest.fixture
@@ -101,8 +57,9 @@ def test_a_run_gives_a_row_for_every_head_and_all_outputs(config, tmp_path, cons
         mean = {k: np.mean([row[metric] for row in rows if row["k"] == k]) for k in (2, 16)}
         assert mean[16] > mean[2] + 0.1 and mean[16] > 0.5, (metric, mean)
     for row in rows:
-        assert set(row["per_type"]) == {"city", "person"}
-        assert row["token_macro_f1"] == pytest.approx(np.mean([one["f1"] for one in row["per_type"].values()]))
+        assert all(set(row["per_type"][metric]) == {"city", "person"} for metric in METRICS)
+        f1_of_types = [one["f1"] for one in row["per_type"]["token_macro_f1"].values()]
+        assert row["token_macro_f1"] == pytest.approx(np.mean(f1_of_types))
     for name in ("results.md", "results.csv", "results.json", "results.html", "token_macro_f1.png", "config.json"):
         assert (tmp_path / name).stat().st_size > 0
     assert "Worst errors: one, k = 16" in (tmp_path / "results.html").read_text()
@@ -129,8 +86,10 @@ def test_every_encoder_learns_from_the_same_stored_sentences(config, tmp_path, c
 def test_a_second_start_computes_only_what_is_missing(config, tmp_path, console, monkeypatch):
     first = evaluate(config, tmp_path, console).rows
     encoded = []
-    real = run.word_features
-    monkeypatch.setattr(run, "word_features", lambda *a, **k: encoded.append(a[0].folder.name) or real(*a, **k))
+    real = frozen.word_features
+    monkeypatch.setattr(
+        frozen, "word_features", lambda *a, **k: encoded.append(pathlib.Path(a[0].origin).name) or real(*a, **k)
+    )
     assert without_time(evaluate(config, tmp_path, console).rows) == without_time(first)
     assert not encoded
     path = tmp_path / "results.jsonl"
@@ -143,6 +102,51 @@ def test_a_second_start_computes_only_what_is_missing(config, tmp_path, console,
     config.k, config.seeds = (2, 4, 8), 4
     grown = evaluate(config, tmp_path, console).rows
     assert len(grown) == 2 * 2 * 3 * 4 and set(without_time(first)) <= set(without_time(grown))
+
+
+def test_the_same_config_gives_the_same_rows_but_for_their_time(config, tmp_path, console):
+    config.k, config.seeds = (4,), 2
+    first, second = (evaluate(config, tmp_path / name, console).rows for name in ("a", "b"))
+    assert without_time(first) == without_time(second)
+
+
+def test_a_workdir_of_another_task_is_refused_before_anything_is_read(config, tmp_path, console):
+    (tmp_path / "config.json").write_text('{"task": "pretrain"}')
+    config.encoders["one"] = "nowhere"
+    with pytest.raises(NunerError, match="holds a run of the task 'pretrain': choose another one"):
+        evaluate(config, tmp_path, console)
+    assert (tmp_path / "config.json").read_text() == '{"task": "pretrain"}'
+
+
+def test_types_that_train_lacks_count_and_are_told(config, tmp_path, console, material):
+    (tmp_path / "set").mkdir()
+    train, test = ((material / "notes" / f"{split}.txt").read_text() for split in ("train", "test"))
+    (tmp_path / "set" / "train.txt").write_text(train)
+    (tmp_path / "set" / "test.txt").write_text(test + "\noak\tB-tree\n")
+    config.sets = {"notes": {"path": str(tmp_path / "set")}}
+    config.k, config.seeds = (4,), 2
+    results = evaluate(config, tmp_path / "run", console)
+    for row in results.rows:
+        f1 = {name: one["f1"] for name, one in row["per_type"]["token_macro_f1"].items()}
+        assert f1["tree"] == 0 and row["token_macro_f1"] == pytest.approx((f1["city"] + f1["person"]) / 3)
+        assert row["short_types"] == ["tree"]
+    told = (tmp_path / "run" / "results.md").read_text()
+    assert "notes: types in test that train lacks: tree; no head can learn them, and they count with F1 0" in told
+
+
+def test_a_query_sample_without_a_mention_is_refused_before_anything_is_computed(
+    config, tmp_path, console, monkeypatch
+):
+    monkeypatch.setattr(frozen, "word_features", lambda *_, **__: pytest.fail("it was computed"))
+    (tmp_path / "set").mkdir()
+    write_conll(tmp_path / "set" / "train.txt", 60, 0)
+    (tmp_path / "set" / "test.txt").write_text("it\tO\n\n" * 300 + "Rome\tB-city\n")
+    config.sets = {"rare": {"path": str(tmp_path / "set")}}
+    config.eval.max_sentences = 2
+    with pytest.raises(
+        NunerError, match=r"config.eval.max_sentences = 2: no sentence that was drawn .* of rare has a mention"
+    ):
+        evaluate(config, tmp_path / "run", console)
 
 
 def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
@@ -161,7 +165,7 @@ def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
         ({"sets": {}}, "config.sets is empty"),
         ({"sets": {"notes": "train.txt"}}, "config.sets.notes = 'train.txt'"),
         ({"encoders": {}}, "config.encoders is empty"),
-        ({"baseline": "three"}, "config.baseline = 'three': not among config.encoders, one, two"),
+        ({"baseline": "three"}, "config.baseline = 'three': not among config.encoders and config.llms, one, two"),
         ({"k": (4, 0)}, "config.k"),
         ({"k": (4, 4)}, "config.k"),
         ({"k": ()}, "config.k is empty"),
@@ -171,7 +175,7 @@ def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
     ],
 )
 def test_mistakes_are_named_before_anything_is_computed(config, tmp_path, console, monkeypatch, change, message):
-    monkeypatch.setattr(run, "word_features", lambda *_, **__: pytest.fail("it was computed"))
+    monkeypatch.setattr(frozen, "word_features", lambda *_, **__: pytest.fail("it was computed"))
     with config.unlocked():
         config.update_from_flattened_dict({key: value for key, value in change.items() if not isinstance(value, dict)})
         for key, value in change.items():
@@ -190,12 +194,13 @@ def test_heads_layers_and_limits_of_the_config_take_effect(config, tmp_path, con
         (encoder, head) for encoder in ("one", "two") for head in ("linear", "mlp")
     }
     test = (material / "voyages" / "test.txt").read_text()
-    support = sum(one["support"] for one in results.rows[0]["per_type"].values())
+    support = sum(one["support"] for one in results.rows[0]["per_type"]["entity_f1"].values())
     assert 0 < support < test.count("B-")
     assert np.load(tmp_path / "features" / "query.npy", mmap_mode="r").shape[1] == 2 * 32
     notes = (tmp_path / "results.md").read_text()
     assert "scored on 15 of the 40 sentences" in notes
-    assert "k = 500 is more than the pool has" in notes
+    assert "larger than the number of mentions of some types in all 60 sentences of the pool: k = 500: city" in notes
+    assert all(row["short_types"] == ["city", "person"] for row in results.rows)
 
 
 def test_the_command_tells_a_mistake_in_one_line(run_python, tmp_path):

@@ -258,7 +258,7 @@ def test_overlaps_between_splits_and_unknown_types_are_counted_and_named(folder)
     assert report["types_only_in_test"] == ["tree"] and report["types_only_in_train"] == ["old"]
     assert report["splits"]["test"]["without_entity"] == 1 and len(loaded.test) == 3
     shown = report_table(report)
-    assert "types in test that train lacks, scored all the same: tree" in shown
+    assert "types in test that train lacks, which count with F1 0: tree" in shown
     assert "duplicate sentences of test that are in train: 1" in shown
 
 
@@ -383,6 +383,9 @@ def hub_cache(home: Path, repo: str, revision: str) -> Path:
         ({"test_file": "x"}, "config.sets.mine.test_file: no such key; did you mean test"),
         ({"malformed": "ignore"}, "config.sets.mine.malformed = 'ignore': choose one of 'refuse', 'skip'"),
         ({"format": "nuner"}, "config.sets.mine.format = 'nuner': choose one of 'auto', 'conll'"),
+        ({"test": True}, "config.sets.mine.test = True: a file, or several, or a share"),
+        ({"train": 5}, "config.sets.mine.train = 5: a file, or several$"),
+        ({"labels": ("O", 1)}, "config.sets.mine.labels = .* tags, or a file of them"),
         ({"tag_column": "last"}, "config.sets.mine.tag_column = 'last': a column is a whole number"),
     ],
 )

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from nuner_jax.data.ner.datasets import load
 from nuner_jax.errors import NunerError
 from nuner_jax.fewshot.figures import draw_curves
 from nuner_jax.fewshot.page import examine, read_detail, write_detail, write_page
 from nuner_jax.fewshot.results import (
+    FURTHER,
     METRICS,
     Grid,
     Results,
@@ -21,6 +23,7 @@ from nuner_jax.fewshot.results import (
     read_rows,
     summarise,
 )
+from nuner_jax.fewshot.starts import Starts
 from nuner_jax.fewshot.tables import (
     as_markdown,
     as_text,
@@ -43,8 +46,12 @@ def rows(grid=GRID):
         score = SCORES[encoder][seed % 5] + 0.2 * (name == "lab") + 0.3 * (k == 16)
         run = {"set": name, "encoder": encoder, "head": head, "k": k, "rule": rule, "seed": seed}
         of_type = {"precision": score, "recall": score, "f1": score, "support": 1234}
-        metrics = {"token_macro_f1": score, "entity_f1": score / 2, "string_f1": score / 4}
-        made.append(run | metrics | {"sample_hash": f"{name}{k}{seed}", "per_type": {"a|<b>": of_type}})
+        scores = {"token_macro_f1": score, "entity_f1": score / 2, "string_f1": score / 4} | dict.fromkeys(
+            FURTHER, score
+        )
+        per_type = {metric: {"a|<b>": of_type} for metric in METRICS}
+        sample = {"sample_hash": f"{name}{k}{seed}", "short_types": ["a|<b>"] if (name, k) == ("lab", 16) else []}
+        made.append(run | scores | sample | {"per_type": per_type})
     return made
 
 
@@ -106,7 +113,7 @@ def test_missing_rows_are_told_and_spoil_the_mean_over_sets():
     gone.remove(next(row for row in gone if row["set"] == "desk" and row["encoder"] == "plain" and row["k"] == 16))
     results = Results(gone, GRID)
     cells = summarise(results)
-    table = {(set_name, system): scores for set_name, system, *scores in score_table(cells, GRID, "token_macro_f1")}
+    table = {(set_name, system): scores for set_name, system, _, *scores in score_table(cells, GRID, "token_macro_f1")}
     assert table["desk", "plain"][1].endswith("(4/5 seeds)")
     assert table["", "… minus plain"] == ["incomplete", "incomplete (4/5 seeds)"]  # the last block: the mean of sets
     assert cell(cells, set="lab", encoder="tuned", k=4).mean is None
@@ -114,12 +121,16 @@ def test_missing_rows_are_told_and_spoil_the_mean_over_sets():
     lines = explanations(results)
     assert "INCOMPLETE: 6 of 40 results are missing." in lines
     assert "missing: lab, tuned, k = 4: 5 of 5 seeds" in lines
-    assert type_table(results, "lab")[1] == ("a|<b>", "1,234", "50.0", "80.0", "–", "85.4")
+    cells = [f"{score} ({score} / {score})" for score in ("50.0", "80.0", "85.4")]
+    assert type_table(results, "lab", "entity_f1") == [
+        ("type", "mentions", "plain, k = 4", "plain, k = 16", "tuned, k = 4", "tuned, k = 16"),
+        ("a|<b>", "1,234", cells[0], cells[1], "–", cells[2]),
+    ]
 
 
 def test_nothing_at_all_is_still_a_table():
     results = Results([], GRID)
-    assert score_table(summarise(results), GRID, "entity_f1")[1] == ("desk", "plain", "missing", "missing")
+    assert score_table(summarise(results), GRID, "entity_f1")[1] == ("desk", "plain", "5", "missing", "missing")
     assert len(results.missing) == 40
 
 
@@ -150,8 +161,8 @@ def test_what_a_killed_process_left_of_a_line_is_dropped_and_nothing_else(tmp_pa
     path = tmp_path / "results.jsonl"
     assert read_rows(path) == []
     append_rows(path, rows()[:2])
-    with path.open("a") as file:
-        file.write('{"set": "de')
+    with path.open("ab") as file:
+        file.write('{"set": "dé'.encode()[:-1])  # torn within a letter
     assert read_rows(path) == rows()[:2]
     append_rows(path, rows()[2:])
     assert read_rows(path) == rows()
@@ -169,12 +180,21 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 def test_text_is_aligned_and_markdown_is_escaped():
     text = as_text(score_table(summarise(Results(rows(), GRID)), GRID, "token_macro_f1")).splitlines()
-    assert text[2].startswith("desk            plain          30.0 ± 15.8 [")
-    assert text[4].startswith("                … minus plain  +5.4 ± 0.5 [+5.")
-    assert as_markdown(type_table(Results(rows(), GRID), "desk")).splitlines()[1:] == [
-        "|---|---|---|---|---|---|",
-        "| a\\|<b> | 1,234 | 30.0 | 60.0 | 35.4 | 65.4 |",
-    ]
+    assert text[2].startswith("desk            plain          5      30.0 ± 15.8 [")
+    assert text[4].startswith("                … minus plain  5      +5.4 ± 0.5 [+5.")
+    markdown = as_markdown(type_table(Results(rows(), GRID), "desk", "token_macro_f1")).splitlines()
+    assert markdown[1] == "|---|---|---|---|---|---|"
+    assert markdown[2].startswith("| a\\|<b> | 1,234 | 30.0 (30.0 / 30.0) |")
+
+
+def test_a_score_that_was_learnt_from_fewer_than_k_is_marked_and_explained():
+    results = Results(rows(), GRID)
+    table = {row[:2]: row[3:] for row in score_table(summarise(results), GRID, "token_macro_f1")}
+    assert table["lab", "plain"][1].startswith("80.0† ±") and table["mean of 2 sets", "plain"][1].startswith("70.0† ±")
+    assert "†" not in "".join([*table["desk", "plain"], table["lab", "plain"][0], *table["", "… minus plain"]])
+    assert "†: of some types, samples have fewer than k mentions; see below." in explanations(results)
+    whole = Results([row | {"short_types": []} for row in rows()], GRID)
+    assert not [line for line in explanations(whole) if "†" in line]
 
 
 def test_a_table_names_heads_where_there_are_several():
@@ -183,12 +203,23 @@ def test_a_table_names_heads_where_there_are_several():
     assert [row[1] for row in table[1:5]] == ["plain, linear", "tuned, linear", "plain, mlp", "tuned, mlp"]
 
 
-def manifest(results):
+@pytest.fixture(scope="module")
+def reports():
+    """Of two data sets; the first one has a sentence twice."""
+    desk = load({"name": "travel_desk"}).report
+    again = desk["duplicate_sentences"] | {"within train": 1}
+    return {"desk": desk | {"duplicate_sentences": again}, "lab": load({"name": "lab_notes"}).report}
+
+
+@pytest.fixture
+def manifest(tmp_path, reports):
+    """Makes the manifest of results, at a second start."""
     config = ConfigDict({"seed": 0, "k": (4, 16)})
-    return make_manifest(config, results, {"desk": "d1", "lab": "l1"}, {"plain": "p1", "tuned": "t1"}, 12.34)
+    (tmp_path / "starts.json").write_text('[{"command": "first", "seconds": 12.5}]')
+    return lambda results: make_manifest(config, results, reports, {"plain": "p1", "tuned": "t1"}, Starts(tmp_path))
 
 
-def test_files_hold_all_that_is_needed_to_get_the_numbers_again(tmp_path):
+def test_files_hold_all_that_is_needed_to_get_the_numbers_again(tmp_path, manifest, reports):
     results = Results(rows(), GRID)
     cells = summarise(results)
     write_tables(results, cells, manifest(results), tmp_path, notes=["lab: the pool is small"])
@@ -196,6 +227,10 @@ def test_files_hold_all_that_is_needed_to_get_the_numbers_again(tmp_path):
     assert whole["manifest"]["sample_hashes"]["lab"]["16"]["3"] == "lab163"
     assert whole["manifest"]["config"] == {"seed": 0, "k": [4, 16]}
     assert whole["manifest"]["encoder_fingerprints"] == {"plain": "p1", "tuned": "t1"}
+    assert whole["manifest"]["data_fingerprints"]["lab"] == reports["lab"]["fingerprint"]
+    assert [start["seconds"] for start in whole["manifest"]["starts"]] == [12.5, 0.0]
+    assert whole["manifest"]["command"] == whole["manifest"]["starts"][1]["command"] != "first"
+    assert whole["manifest"]["seconds"] == 12.5
     assert {"jax", "numpy", "python", "nuner_jax"} <= whole["manifest"]["versions"].keys()
     assert len(whole["cells"]) == len(cells)
     with open(tmp_path / "results.csv", newline="") as file:
@@ -207,8 +242,15 @@ def test_files_hold_all_that_is_needed_to_get_the_numbers_again(tmp_path):
     ]
     assert float(line["mean"]) == pytest.approx(0.027)
     assert (line["n"], line["expected"]) == ("5", "5")
+    with open(tmp_path / "types.csv", newline="") as file:
+        of_types = [line for line in csv.DictReader(file) if (line["set"], line["metric"]) == ("lab", "string_f1")]
+    assert [(line["encoder"], line["k"], line["n"], line["support"]) for line in of_types] == [
+        (encoder, k, "5", "1234") for encoder in ("plain", "tuned") for k in ("4", "16")
+    ]
+    assert float(of_types[0]["recall"]) == pytest.approx(0.5)
     markdown = (tmp_path / "results.md").read_text()
-    assert all(f"## {title}" in markdown for title in METRICS.values())
+    assert all(f"## {title[:1].upper()}{title[1:]}" in markdown for title in METRICS.values())
+    assert "duplicate sentences within train: 1" in markdown
     assert "- lab: the pool is small" in markdown
 
 
@@ -265,7 +307,7 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_whole_escaped_and_fetches_nothing(tmp_path):
+def test_the_page_is_whole_escaped_and_fetches_nothing(tmp_path, manifest):
     results = Results(rows()[:-1], GRID)
     cells = summarise(results)
     figures = [draw_curves(cells, GRID, "token_macro_f1", tmp_path / "curves.png")]
@@ -281,6 +323,7 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(tmp_path):
     assert "INCOMPLETE: 1 of 40 results are missing." in text
     assert "Visit <Oslo> & Bergen" in text
     assert "place: of 4 mentions 2.5 missed, and 0.0 wrong, per seed" in text
+    assert "missed by 2 of 2" in text and "duplicate sentences within train: 1" in text
     assert "“Bergen” as person (2 of 2)" in text
 
 

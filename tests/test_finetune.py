@@ -1,7 +1,9 @@
 """Fine-tuning as its users meet it: the one loop, on another task."""
 
 import json
+import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +14,8 @@ from nuner_jax import config as config_lib
 from nuner_jax.errors import NunerError
 from nuner_jax.fewshot import features, heads
 from nuner_jax.models.params import flatten
+from nuner_jax.progress import Progress
+from nuner_jax.state import TrainState
 from nuner_jax.tasks import make_task
 from nuner_jax.train import train
 from nuner_jax.writers import read_metrics
@@ -158,6 +162,31 @@ def test_training_ends_when_patience_does_and_is_then_over(tmp_path, capsys):
     assert len(curve(tmp_path)) == 6 and max(line["step"] for line in read_metrics(tmp_path)) == 6
 
 
+def test_a_run_that_is_stopped_again_and_again_chooses_and_ends_as_if_it_were_not(tmp_path, monkeypatch):
+    """SIGTERM comes in the first evaluation, then just before one that is due, then between two."""
+    waiting = {("evaluated", 0), ("step", 2), ("step", 5)}
+
+    def with_signal(name):
+        original = getattr(Progress, name)
+
+        def method(self, step, metrics):
+            original(self, step, metrics)
+            if (name, step) in waiting:
+                waiting.remove((name, step))
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Progress, name, method)
+
+    with_signal("evaluated"), with_signal("step")
+    starts = 0
+    while not (tmp_path / "result.json").exists():
+        train(tiny(steps=40, lr=0.0, **{"eval.patience": 2}), tmp_path)
+        starts += 1
+    assert not waiting and starts == 4
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
+    assert len(curve(tmp_path)) == last_step(tmp_path) == 6
+
+
 @pytest.mark.parametrize("source", ["workdir", "export"])
 def test_it_starts_from_a_run_of_pre_training_or_its_export(pretrained_run, tmp_path, source):
     name = str(pretrained_run / ("export" if source == "export" else ""))
@@ -171,58 +200,73 @@ def test_it_starts_from_a_run_of_pre_training_or_its_export(pretrained_run, tmp_
         np.testing.assert_array_equal(final[f"text/{path}"], leaf, err_msg=path)
 
 
+def started_with(config, layers, folder):
+    """A checkpoint of no step: what the run of `config` starts with, but for the head, whose layers are these."""
+    begin = config.copy_and_resolve_references()
+    begin.steps = 0
+    train(begin, folder / "begin")
+    params = checkpoint.load_params(folder / "begin" / "checkpoints" / "0")
+    for name, (kernel, bias) in zip(("hidden", "out")[-len(layers) :], layers, strict=True):
+        params["head"][name] = {"kernel": jax.numpy.asarray(kernel), "bias": jax.numpy.asarray(bias)}
+    saved = checkpoint.Checkpoints(folder / "start", keep=1, best_metric="dev/loss", best_is_lower=True)
+    saved.save(TrainState(jax.numpy.int32(0), params, {"none": jax.numpy.zeros(1)}), {}, {})
+    saved.close()
+    return str(folder / "start")
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_the_heads_of_the_fast_path_are_those_of_the_loop(pretrained_run, tmp_path, monkeypatch, kind):
-    steps, lr = 12, 5e-3
-    changes = {
-        "model.init": "pretrained",
-        "model.text": str(pretrained_run),
-        "model.frozen_layers": -1,
-        "head.kind": kind,
-        "head.dropout": 0.0,
-        "head.scheme": "io",
-        "head.standardise": True,
-        "head.width": 16,
-        "loss.balance": 0.5,
-        "steps": steps,
-        "lr": lr,
-        "optim.schedule": "cosine",
-        "optim.clip_norm": 1e9,
-        "data.rows": 32,  # the whole support is one batch
-    }
-    config = tiny(**changes)
-    config.model.tokenizer = None
+def test_the_heads_of_the_fast_path_are_those_of_the_loop(pretrained_run, tmp_path, kind):
+    """Both begin with the head that the fast path draws, and every batch is the whole support.
+
+    Every class has words there: one without any has gradients of rounding errors, which AdamW makes large.
+    """
+    config = tiny(
+        **{
+            "model.init": "pretrained",
+            "model.text": str(pretrained_run),
+            "model.tokenizer": None,
+            "model.frozen_layers": -1,
+            "head.kind": kind,
+            "head.dropout": 0.0,
+            "head.scheme": "io",
+            "head.standardise": True,
+            "head.width": 16,
+            "loss.balance": 0.5,
+            "steps": 30,
+            "lr": 5e-3,
+            "optim.schedule": "cosine",
+            "optim.clip_norm": 1e9,
+            "data.rows": 32,
+            "eval.every": 30,
+            "checkpoint.every": 30,
+        }
+    )
+    options = heads.HeadOptions(
+        kind=kind, width=16, steps=30, lr=5e-3, weight_decay=config.optim.weight_decay, batch=4096, balance=0.5
+    )
     task = make_task(config, sharding.make_mesh())
     split, test = task.splits["train"], task.splits["test"]
+    assert np.unique(split.labels_W).tolist() == list(range(len(task.types) + 1))
+    assert task.loader.packing.rows_per_epoch <= 32
     frozen = features.load_frozen(str(pretrained_run))
 
     def vectors(split):
         words = np.split(split.characters_Wx2, split.sentence_offsets_S1[1:-1])
         return features.word_features(frozen, split.texts, words).features_WxD
 
-    options = heads.HeadOptions(
-        kind=kind, width=16, steps=steps, lr=lr, weight_decay=config.optim.weight_decay, batch=4096, balance=0.5
-    )
-    if kind == "mlp":  # the two draw other random numbers: begin with the same
-        kernel = jax.jit(task.init_params)(jax.random.key(0))["head"]["hidden"]["kernel"]
-        monkeypatch.setattr(
-            heads,
-            "init_layers",
-            lambda seed, inputs, classes, options: (
-                (kernel, np.zeros(16)),
-                (np.zeros((16, classes)), np.zeros(classes)),
-            ),
-        )
-    words = np.arange(split.corpus.num_words)
+    support = np.arange(split.corpus.num_words)
     trained = heads.train_heads(
-        vectors(split), split.labels_W, [words], num_types=len(task.types), options=options, seeds=[0]
+        vectors(split), split.labels_W, [support], num_types=len(task.types), options=options, seeds=[7]
     )
-    fast = heads.apply_layers(
-        jax.tree.map(lambda x: x[0], trained.layers), (vectors(test) - trained.mean_HxD[0]) * trained.scale_HxD[0]
-    )
-    train(config, tmp_path)
-    params = final_params(task, tmp_path)
-    np.testing.assert_allclose(task.logits("test", params), fast, atol=1e-4)
+    layers = jax.tree.map(lambda leaf: leaf[0], trained.layers)
+    fast = heads.apply_layers(layers, (vectors(test) - trained.mean_HxD[0]) * trained.scale_HxD[0])
+
+    first = heads.init_layers(7, frozen.config.hidden_size, len(task.types) + 1, options)
+    config.checkpoint.init_from = started_with(config, first, tmp_path)
+    train(config, tmp_path / "loop")
+    loop = task.logits("test", final_params(task, tmp_path / "loop"))
+    assert np.std(loop) > 0.3
+    np.testing.assert_allclose(loop, fast, atol=1e-4)
 
 
 @pytest.mark.live
@@ -264,13 +308,58 @@ def test_a_tagger_that_transformers_has_no_class_for_is_refused_before_and_after
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_for_other_labels_is_no_start(undisturbed, tmp_path):
+    for changes in ({"head.scheme": "bilou"}, {"data.set.name": "lab_notes"}):
+        with pytest.raises(
+            NunerError, match=r"init_from: .* has a head for the labels O, B-.*, and here they are O, B-"
+        ):
+            train(tiny(**changes, **{"checkpoint.init_from": str(undisturbed[0])}), tmp_path)
+
+
+def conll_folder(folder, **splits):
+    """CoNLL files, from sentences such as "Ann/B-person sang/O"."""
+    for name, sentences in splits.items():
+        lines = ["".join("\t".join(word.rsplit("/", 1)) + "\n" for word in one.split()) for one in sentences]
+        (folder / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return {"data.set.name": "mine", "data.set.path": str(folder), "data.sentences": ()}
+
+
+TRAIN = [f"{name}/B-person went/O to/O Oslo/B-place" for name in ("Ann", "Bob", "Cleo", "Dan", "Eve", "Flo", "Gus")]
+
+
+def test_what_the_data_lacks_is_said_before_training(tmp_path):
+    test = ["Acme/B-firm Inc/I-firm hired/O Ann/B-person", "Acme/B-firm grew/O", "Ann/B-person sang/O " * 60]
+    changes = conll_folder(tmp_path, train=TRAIN, test=test)
+    said = []
+    task = make_task(tiny(**changes, **{"data.dev_share": 0.3}), sharding.make_mesh(), said.append)
+    assert "  types in test that train lacks, scored all the same: firm" in said
+    lost = "test: 2 of 63 mentions are of types that no training sentence has, and cannot be found: firm (2)"
+    assert lost in said
+    assert any(line.startswith("test: 3 sentences") and "1 texts in several windows" in line for line in said)
+    scores = dict(task.final_evaluators()["test"](task.init_params(jax.random.key(0))))
+    assert scores["entity_f1"] == 0 and np.isfinite(scores["loss"])
+
+
+def test_a_dev_split_of_its_own_is_not_replaced_by_a_share(tmp_path):
+    test, dev = ["Ann/B-person sang/O"], ["Bob/B-person ate/O", "Rome/B-place fell/O"]
+    mesh = sharding.make_mesh()
+    shared = make_task(tiny(**conll_folder(tmp_path, train=TRAIN, test=test), **{"data.dev_share": 0.3}), mesh)
+    assert 0 < len(shared.splits["dev"].texts) == len(TRAIN) - len(shared.splits["train"].texts)
+    given = make_task(tiny(**conll_folder(tmp_path, train=TRAIN, test=test, dev=dev), **{"data.dev_share": 0.3}), mesh)
+    assert given.splits["dev"].texts == ("Bob ate", "Rome fell")
+    assert len(given.splits["train"].texts) == len(TRAIN)
+    none = make_task(tiny(**conll_folder(tmp_path, train=TRAIN, test=test, dev=dev), **{"data.set.dev": "0.3"}), mesh)
+    assert none.splits["dev"].texts == shared.splits["dev"].texts, "what the user asks for by the key itself holds"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data.dev_share": 1e-6}, r"config\.data\.dev_share = 1e-06: the dev split has no sentence"),
         ({"data.sentences": (3, 900)}, r"config\.data\.sentences: there is no sentence 900 among the 162"),
         ({"data.set.name": "travel_desks"}, r"config\.data\.set\.train is not set.*did you mean travel_desk"),
         ({"data.set.dev": "nowhere.txt"}, r"nowhere\.txt: no such file, named in config\.data\.set"),
-        ({"data.set.dev": None, "eval.patience": 3}, r"config\.eval\.patience needs a dev split"),
+        ({"data.dev_share": 0.0, "eval.patience": 3}, r"config\.eval\.patience needs a dev split"),
         ({"data.rows": 12}, r"config\.data\.rows / config\.optim\.accumulate = 12 cannot be split over the 8"),
         ({"model.tokenizer": None}, r"config\.model\.tokenizer is not set"),
         ({"model.frozen_layers": 3}, r"config\.model\.frozen_layers: 3 of 2 layers"),

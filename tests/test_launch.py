@@ -30,6 +30,16 @@ RUN_BY = {
     "test_quickstart.py::test_shards_are_built_and_trained_on",
     "launch/local.sh train --config=configs/quickstart.py --config.data.sources.sample.path=shards/sample "
     "--config.epochs=0.1 --workdir=runs/shards": "tests/test_quickstart.py::test_shards_are_built_and_trained_on",
+    "launch/local.sh fewshot --config=configs/fewshot.py:runs/quickstart,runs/quickstart@start": "tests/"
+    "test_quickstart.py::test_the_finished_run_is_measured_against_its_start",
+    "launch/local.sh train --config=configs/finetune.py:runs/quickstart": "tests/test_quickstart.py::"
+    "test_the_finished_run_is_fine_tuned",
+    "launch/local.sh train --config=configs/ner_bert.py:quickstart.py": "tests/test_quickstart.py::"
+    "test_the_closed_set_of_classes_trains_on_the_same_data",
+    "NUNER_EXTRAS=annotate launch/local.sh fewshot --config=configs/fewshot_llm.py:runs/quickstart "
+    "--config.llms.llm.endpoint.model=my-model --config.llms.llm.endpoint.base_url=http://localhost:8000/v1 "
+    "--config.llms.llm.endpoint.key_variable= --workdir=runs/in_context --dry_run": "tests/test_quickstart.py::"
+    "test_a_language_model_in_context_is_tried_dry",
     "launch/local.sh annotate --config=configs/annotate_sample.py": "tests/test_quickstart.py::"
     "test_the_sample_is_annotated_from_its_recorded_completions",
     "NUNER_EXTRAS=annotate launch/local.sh annotate --config=configs/annotate_local.py:vllm "

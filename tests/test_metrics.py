@@ -5,6 +5,7 @@ import pytest
 from nervaluate import Evaluator
 from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
+from sklearn.metrics import precision_recall_fscore_support as words_scores
 
 from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
@@ -73,6 +74,10 @@ def test_entity_scores_are_those_of_nervaluate_in_strict_mode(labelled):
         strict = result["overall"]["strict"]
         ours = (scores.precision_H[head], scores.recall_H[head], scores.f1_H[head])
         np.testing.assert_allclose(ours, (strict.precision, strict.recall, strict.f1), rtol=1e-9)
+        for name, of_type in scores.per_type(head, TYPES).items():
+            strict = result["entities"][name]["strict"]
+            ours = (of_type["precision"], of_type["recall"], of_type["f1"], of_type["support"])
+            np.testing.assert_allclose(ours, (strict.precision, strict.recall, strict.f1, strict.possible), rtol=1e-9)
 
 
 def test_token_macro_f1_averages_the_types_that_occur():
@@ -100,6 +105,17 @@ def test_token_scores_are_the_definition_for_every_head(labelled):
             f1.append(2 * both / ((gold == of_type).sum() + (predicted[head] == of_type).sum()))
             assert scores.f1_HxT[head, of_type - 1] == pytest.approx(f1[-1], rel=1e-12)
         assert scores.f1_H[head] == pytest.approx(np.mean(f1), rel=1e-12)
+
+
+@pytest.mark.parametrize("include_other", [False, True])
+def test_token_scores_are_those_of_scikit_learn(labelled, include_other):
+    gold, predicted = BIO.type_C[labelled[0]], BIO.type_C[labelled[1]]
+    scores = token_macro_f1(gold, predicted, len(TYPES), include_other)
+    labels = sorted(set(gold.tolist()) - ({0} if not include_other else set()))
+    for head in range(3):
+        macro = words_scores(gold, predicted[head], labels=labels, average="macro", zero_division=0)
+        ours = (scores.precision_H[head], scores.recall_H[head], scores.f1_H[head])
+        np.testing.assert_allclose(ours, macro[:3], rtol=1e-12)
 
 
 def test_confusion_counts_every_word_once(labelled):

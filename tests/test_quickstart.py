@@ -62,9 +62,54 @@ def test_the_quickstart_leaves_a_plot_an_export_and_a_way_on(clone, quickstart):
     assert (workdir / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "training.png").stat().st_size > 10_000
     assert (workdir / "export" / "model.safetensors").stat().st_size > 1e6
-    closing = quickstart.splitlines()[-12:]
+    closing = quickstart.splitlines()[-13:]
     for words in ("Trained to step", "Hugging Face folder:", "best checkpoint:", "ranks its own first", "Next:"):
         assert any(words in line for line in closing), words
+
+
+def test_the_quickstart_ends_with_what_pre_training_has_gained(clone, quickstart):
+    (folder,) = (clone / "runs" / "quickstart" / "fewshot").iterdir()
+    cells = json.loads((folder / "results.json").read_text())["cells"]
+    means = {
+        (c["encoder"], c["minus"], c["k"]): c for c in cells if c["set"] is None and c["metric"] == "token_macro_f1"
+    }
+    for k in (4, 16):
+        assert means["after", "before", k]["n"] == 5
+        assert means["after", "before", k]["mean"] > 0.1 and means["after", "before", k]["interval"][0] > 0.05
+        shown = f" {100 * means['after', None, k]['mean']:.1f}"
+        assert any(line.lstrip().startswith("after ") and shown in line for line in quickstart.splitlines())
+    assert 0.30 < means["after", None, 4]["mean"] < 0.39, "the README says about 34 points"
+    assert 0.37 < means["after", None, 16]["mean"] < 0.46, "the README says about 41 points"
+    table = quickstart.index("Token macro F1\n")
+    assert all(name in quickstart[table:] for name in ("travel_desk", "lab_notes", "mean of 2 sets", "… minus before"))
+
+
+def test_the_finished_run_is_measured_against_its_start(clone, quickstart):
+    command = "launch/local.sh fewshot --config=configs/fewshot.py:runs/quickstart,runs/quickstart@start"
+    printed = launch(clone, f"{command} --config.k='(2,)' --config.head.steps=20")
+    assert "encoder baseline: random parameters of seed 0" in printed and "… minus baseline" in printed
+
+
+def test_the_finished_run_is_fine_tuned(clone, quickstart):
+    launch(clone, "launch/local.sh train --config=configs/finetune.py:runs/quickstart --config.steps=2")
+    metrics = json.loads((clone / "runs" / "finetune" / "result.json").read_text())["metrics"]
+    assert 0 <= metrics["test/token_macro_f1"] <= 1
+
+
+def test_the_closed_set_of_classes_trains_on_the_same_data(clone, quickstart):
+    command = "launch/local.sh train --config=configs/ner_bert.py:quickstart.py"
+    printed = launch(clone, f"{command} --config.steps=1 --config.transfer.sets='()' --config.export=False")
+    assert "Trained to step 1" in printed and "few-shot" not in printed
+
+
+def test_a_language_model_in_context_is_tried_dry(clone, quickstart):
+    printed = launch(
+        clone,
+        "launch/local.sh fewshot --config=configs/fewshot_llm.py:runs/quickstart "
+        "--config.llms.llm.endpoint.model=my-model --config.llms.llm.endpoint.base_url=http://localhost:8000/v1 "
+        "--config.llms.llm.endpoint.key_variable= --workdir=runs/in_context --dry_run",
+    )
+    assert "loyalty_programme" in printed and not (clone / "runs" / "in_context" / "results.jsonl").exists()
 
 
 def test_evaluate_and_export_take_the_finished_run(clone, quickstart):

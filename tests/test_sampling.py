@@ -171,9 +171,9 @@ def test_a_pool_too_small_gives_what_it_has_and_says_what_is_short():
     sample = sample_sentences(counts, k=16, seed=1)
     assert sample.reached[0] == 3 and 16 <= sample.reached[1] <= 32
     assert sample.short == (0, 2) and sample.blocked == ()
-    assert shortages(sample, counts, ["city", "person", "unseen"], k=16) == [
-        f"k = 16 is more than the pool has: of its 48 sentences, {len(sample.ids)} were taken;"
-        " 2 of 3 types have fewer mentions in all of it (city 3, unseen 0)"
+    assert shortages({(16, 1): sample}, counts, ["city", "person", "unseen"]) == [
+        "k is larger than the number of mentions of some types in all 48 sentences of the pool:"
+        " k = 16: city 3, unseen 0"
     ]
 
 
@@ -181,12 +181,14 @@ def test_a_type_that_comes_with_too_many_of_another_is_named():
     counts = np.array([[9, 1]] * 5 + [[1, 0]] * 9, np.int32)
     sample = sample_sentences(counts, k=2, seed=0)
     assert sample.blocked == (1,) and sample.reached[1] == 0
-    (line,) = shortages(sample, counts, ["word", "title"], k=2, rule="kw")
-    assert line == (
-        "k = 2: 1 of 2 types got fewer words, since every sentence left would lift a type beyond 4 (title 0)"
+    free = sample_sentences(counts, k=1, seed=0)
+    (line,) = shortages({(1, 0): free, (2, 0): sample, (2, 1): sample}, counts, ["word", "title"], rule="kw")
+    assert line.endswith(
+        "fewer than k words of a type, as every sentence left would lift a type above 2k:"
+        " k = 1: 1 of 1 samples, seed 0 with title 0; k = 2: 2 of 2 samples, seed 0 with title 0"
     )
     enough = np.eye(2, dtype=np.int32).repeat(9, axis=0)
-    assert shortages(sample_sentences(enough, 2, 0), enough, ["word", "title"], 2) == []
+    assert shortages({(2, 0): sample_sentences(enough, 2, 0)}, enough, ["word", "title"]) == []
 
 
 def test_mentions_and_words_are_counted_by_type(tmp_path):
@@ -201,8 +203,8 @@ def test_mentions_and_words_are_counted_by_type(tmp_path):
 @pytest.mark.parametrize(
     ("counts", "k", "seed", "rule", "complaint"),
     [
-        (np.ones((3, 2), np.int32), 0, 0, "k~2k", "k must be at least 1"),
-        (np.ones((3, 2), np.int32), 1, -1, "k~2k", "a seed not negative"),
+        (np.ones((3, 2), np.int32), -1, 0, "k~2k", "k = -1, seed = 0: neither may be negative"),
+        (np.ones((3, 2), np.int32), 1, -1, "k~2k", "k = 1, seed = -1: neither may be negative"),
         (np.ones((3, 2), np.int32), 1, 0, "2k", "rule '2k': choose one of 'k~2k', 'kw'"),
         (np.zeros((3, 2), np.int32), 1, 0, "kw", "the pool of 3 sentences has no mention"),
     ],

@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,9 +20,7 @@ from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.plan import show_plan
 from nuner_jax.annotate.prompts import Prompt
 from nuner_jax.annotate.report import page as report_lib
-from nuner_jax.annotate.request import batch
-from nuner_jax.annotate.request import live as request
-from nuner_jax.annotate.request.endpoints import Endpoint, LiveEndpoint, ReplayEndpoint
+from nuner_jax.annotate.request.ask import ask, check_endpoint, identity
 from nuner_jax.annotate.selection.select import read_units, select
 from nuner_jax.annotate.workdir import (
     ALIGNED_FILE,
@@ -38,7 +35,6 @@ from nuner_jax.annotate.workdir import (
     read_json,
 )
 from nuner_jax.data import builder
-from nuner_jax.data.importers import resolve_inputs
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import locked, writing
 from nuner_jax.writers import Console
@@ -78,7 +74,13 @@ def annotate(
             select(config, workdir / SELECTION_FOLDER, console.say)
         if dry_run:
             units_file = workdir / SELECTION_FOLDER / UNITS_FILE
-            show_plan(config, prompt, units_file, workdir / JOURNAL_FILE, console.say)
+            show_plan(
+                config,
+                prompt,
+                lambda: (unit.text for unit in read_units(units_file)),
+                workdir / JOURNAL_FILE,
+                console.say,
+            )
             return
         if "request" in stages and not _request(config, prompt, workdir, console, pilot_only):
             return
@@ -113,7 +115,8 @@ def ensure_annotated(config_file: str, cache_dir: Path) -> Path:
             f"{config_file}: asks a language model; annotate first, and give WORKDIR/shards as the source: "
             f"python -m nuner_jax.annotate --config={config_file} --workdir=WORKDIR"
         )
-    key = hashlib.sha256(json.dumps([_identity(config), config.to_json_best_effort()]).encode()).hexdigest()
+    prompt = Prompt.make(config.prompt)
+    key = hashlib.sha256(json.dumps([identity(config, prompt), config.to_json_best_effort()]).encode()).hexdigest()
     workdir = cache_dir / f"{Path(config_file).stem}-{key[:12]}"
     shards = workdir / SHARDS_FOLDER
     if not builder.is_built(shards):
@@ -132,33 +135,20 @@ def _check_before(config: ConfigDict, prompt: Prompt, workdir: Path) -> None:
     looked at when it is needed.
     """
     if (workdir / JOURNAL_FILE).exists():
-        Journal.open(workdir / JOURNAL_FILE, _identity(config, prompt), read_only=True).close()
+        Journal.open(workdir / JOURNAL_FILE, identity(config, prompt), read_only=True).close()
         return
-
-    async def check() -> None:
-        endpoint = make_endpoint(config)
-        try:
-            await endpoint.check()
-        finally:
-            await endpoint.close()
-
-    asyncio.run(check())
+    check_endpoint(config)
 
 
 def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console, pilot_only: bool) -> bool:
     """Asks for what is not answered yet; whether the next stages are to go on."""
     selection = workdir / SELECTION_FOLDER
     fingerprint = read_json(selection / SELECTION_FILE, "select")["fingerprint"]
-    with Journal.open(workdir / JOURNAL_FILE, _identity(config, prompt)) as journal:
+    with Journal.open(workdir / JOURNAL_FILE, identity(config, prompt)) as journal:
         journal.set_units(read_units(selection / UNITS_FILE), fingerprint)
         if config.request.retry_failed and (again := journal.retry_failed()):
             console.say(f"request      {again:,} failed units are asked for again")
-        if config.endpoint.kind == "batch":
-            summary = batch.run(config, journal, prompt, console=console, pilot_only=pilot_only)
-        else:
-            summary = request.run(
-                config, journal, prompt, make_endpoint(config), console=console, pilot_only=pilot_only
-            )
+        summary = ask(config, journal, prompt, console, pilot_only=pilot_only)
         totals = summary.totals
     if summary.stopped in ("signal", "pilot"):
         return False
@@ -168,11 +158,6 @@ def _request(config: ConfigDict, prompt: Prompt, workdir: Path, console: Console
             "not asked; raise config.request.budget to go on"
         )
     return True
-
-
-def make_endpoint(config: ConfigDict) -> Endpoint:
-    """The endpoint of a config, not yet connected."""
-    return ReplayEndpoint(config.endpoint.replay) if config.endpoint.kind == "replay" else LiveEndpoint(config)
 
 
 def _align(config: ConfigDict, workdir: Path, console: Console) -> None:
@@ -208,15 +193,3 @@ def build(config: ConfigDict, workdir: Path, say: Callable[[str], None], *, beam
         )
     sizes = ", ".join(f"{split} {size:,}" for split, size in builder.read_report(shards)["splits"].items())
     say(f"shards       {shards}: {sizes}{'' if fresh else ' (up to date)'}")
-
-
-def _identity(config: ConfigDict, prompt: Prompt | None = None) -> dict:
-    """All that an answer depends on besides its text: a journal holds answers of one identity only."""
-    if config.endpoint.kind == "replay":
-        digest = hashlib.sha256()
-        for path in resolve_inputs([config.endpoint.replay]):
-            digest.update(path.read_bytes())
-        return {"replay": digest.hexdigest()}
-    keys = ("model", "temperature", "top_p", "max_tokens", "extra")
-    prompt = prompt or Prompt.make(config.prompt)
-    return {**{key: config.endpoint[key] for key in keys}, **prompt.identity()}

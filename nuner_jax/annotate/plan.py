@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.money import Prices, bracket, estimate, picodollars
 from nuner_jax.annotate.prompts import Prompt, request_body
-from nuner_jax.annotate.selection.select import read_units
 
 PROMPTS_SHOWN = 3
 
 
 def show_plan(
-    config: ConfigDict, prompt: Prompt, units_file: Path, journal_file: Path, say: Callable[[str], None]
+    config: ConfigDict,
+    prompt: Prompt,
+    texts: Callable[[], Iterable[str]],
+    journal_file: Path,
+    say: Callable[[str], None],
 ) -> None:
     """Tells the first prompts, what would be asked and where, and the bracket of its cost.
 
@@ -26,22 +29,22 @@ def show_plan(
 
     Args:
       config, prompt: of the run.
-      units_file: the selection.
+      texts: of the units, in order; read anew at each call.
       journal_file: the journal, which may not be there yet.
       say: takes a line.
     """
-    for number, texts in enumerate(itertools.islice(_requests(units_file, prompt), PROMPTS_SHOWN), start=1):
-        body = request_body(config.endpoint, prompt, texts)
+    for number, group in enumerate(itertools.islice(_requests(texts(), prompt), PROMPTS_SHOWN), start=1):
+        body = request_body(config.endpoint, prompt, group)
         say(f"--- request {number} " + "-" * 60)
         for message in body.pop("messages"):
             say(f"[{message['role']}]")
             say(message["content"])
         say(f"[with] {json.dumps(body, ensure_ascii=False)}")
     say("-" * 72)
-    bodies = (request_body(config.endpoint, prompt, texts) for texts in _requests(units_file, prompt))
+    bodies = (request_body(config.endpoint, prompt, group) for group in _requests(texts(), prompt))
     prices = Prices.make(config)
     plan = bracket(bodies, config.endpoint.max_tokens, prices)
-    units = sum(1 for _ in read_units(units_file))
+    units = sum(1 for _ in texts())
     say(f"plan         {units:,} units, {prompt.units_per_request} in a request, {_where(config)}")
     for line in plan.lines(picodollars(config.request.budget)):
         say(f"             {line}")
@@ -54,10 +57,10 @@ def show_plan(
     say("dry run: nothing was asked")
 
 
-def _requests(units_file: Path, prompt: Prompt) -> Iterator[Sequence[str]]:
+def _requests(texts: Iterable[str], prompt: Prompt) -> Iterator[Sequence[str]]:
     """The texts of each request, in order."""
-    texts = (unit.text for unit in read_units(units_file))
-    while group := list(itertools.islice(texts, prompt.units_per_request)):
+    left = iter(texts)
+    while group := list(itertools.islice(left, prompt.units_per_request)):
         yield group
 
 

@@ -64,6 +64,11 @@ class Prompt:
             many = f"{single}\n\n{_embedded('many')}"
         return cls(single, many, name == "structured", config.units_per_request)
 
+    @classmethod
+    def verbatim(cls) -> Prompt:
+        """The prompt that adds nothing: each text is a whole message, made by whoever asks."""
+        return cls(PLACEHOLDER, PLACEHOLDER, structured=False, units_per_request=1)
+
     def identity(self) -> dict[str, Any]:
         """What decides the requests, as JSON data: an answer to another identity is no answer to this prompt."""
         return {

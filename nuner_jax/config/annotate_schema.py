@@ -72,29 +72,42 @@ def check(config: ConfigDict) -> None:
     unknown = set(config.align.normalise) - {"case", "plural"}
     if unknown:
         raise NunerError(f"config.align.normalise: {', '.join(sorted(unknown))} unknown; there are case and plural")
+    check_asking(config)
+
+
+def check_asking(config: ConfigDict, at: str = "config") -> None:
+    """The same of the sections that `asking` makes.
+
+    Args:
+      config: with these sections.
+      at: where the user finds them.
+
+    Raises:
+      NunerError: naming the key and what it needs.
+    """
     try:
         extra = json.loads(config.endpoint.extra)
     except ValueError:
         extra = None
     if not isinstance(extra, dict):
-        raise NunerError(f"config.endpoint.extra = {config.endpoint.extra!r}: a JSON object, such as '{{\"seed\": 1}}'")
+        raise NunerError(f"{at}.endpoint.extra = {config.endpoint.extra!r}: a JSON object, such as '{{\"seed\": 1}}'")
     if taken := sorted({"messages", "model", "stream"} & extra.keys()):
-        raise NunerError(f"config.endpoint.extra: {', '.join(taken)} cannot be set there: other keys decide it")
+        raise NunerError(f"{at}.endpoint.extra: {', '.join(taken)} cannot be set there: other keys decide it")
     if config.endpoint.kind == "replay":
         return
     address = urllib.parse.urlsplit(config.endpoint.base_url)
     if address.username or address.password or address.query or address.fragment:  # it is stored, and shown
         raise NunerError(
-            "config.endpoint.base_url holds a user, a password or a query: put the key into the environment variable "
-            f"{config.endpoint.key_variable or 'that config.endpoint.key_variable names'}, and the bare address here"
+            f"{at}.endpoint.base_url holds a user, a password or a query: put the key into the environment variable "
+            f"{config.endpoint.key_variable or f'that {at}.endpoint.key_variable names'}, and the bare address here"
         )
     if not config.endpoint.model:
-        raise NunerError("config.endpoint.model is not set: name the model as the endpoint does")
+        raise NunerError(f"{at}.endpoint.model is not set: name the model as the endpoint does")
     missing = [key for key in ("input", "output") if config.price[key] is None]
     if config.request.budget is not None and missing:
-        keys = " and ".join(f"config.price.{key}" for key in missing)
+        keys = " and ".join(f"{at}.price.{key}" for key in missing)
         raise NunerError(
-            f"config.request.budget = {config.request.budget} needs the prices of {config.endpoint.model}: set {keys} "
+            f"{at}.request.budget = {config.request.budget} needs the prices of {config.endpoint.model}: set {keys} "
             "(dollars per million tokens; 0 for a server of your own)"
         )
 
@@ -110,28 +123,7 @@ def annotate() -> ConfigDict:
                 "template": "paper",  # "paper", "structured" (a JSON schema), or a file of your own
                 "units_per_request": 1,  # sentences in one request; above 1, the answer numbers them
             },
-            "endpoint": _endpoint(),
-            "request": {
-                "max_concurrency": 64,  # requests in flight at most; fewer while the endpoint says it is too much
-                "timeout": 120.0,  # seconds of one request
-                "max_attempts": 6,  # times that one unit is asked for in one start, overloads and outages aside
-                "backoff": 1.0,  # seconds before the second attempt; doubles, with jitter, up to 60
-                "pilot": 20,  # units asked first, from which the cost of all is estimated; 0: none
-                "budget": config_dict.placeholder(float),  # dollars, never exceeded; None: no limit
-                "retry_failed": False,  # ask once more for units that failed in an earlier start
-            },
-            "price": {  # dollars per million tokens, from the endpoint's price list; None: unknown, 0: free
-                "input": config_dict.placeholder(float),
-                "cached": config_dict.placeholder(float),  # prompt tokens served from a cache; None: as input
-                "output": config_dict.placeholder(float),
-                "batch": 0.5,  # what the Batch API costs, as a share of the price
-            },
-            "batch": {  # of the Batch API, with endpoint.kind "batch"; the first two are its own limits
-                "requests": 50_000,  # in one file
-                "bytes": 200_000_000,  # of one file
-                "in_flight": 4,  # batches at a time
-                "poll": 60.0,  # seconds between looks at a batch
-            },
+            **asking(),
             "align": {
                 "occurrences": "every",  # places of a surface that count: "every" (paper) or "first"
                 "match": "tolerant",  # or "exact" (paper): without case and Unicode-form differences
@@ -146,6 +138,34 @@ def annotate() -> ConfigDict:
             },
         }
     ).lock()
+
+
+def asking() -> dict[str, ConfigDict]:
+    """The sections that say whom to ask, how, and for how much."""
+    return {
+        "endpoint": _endpoint(),
+        "request": {
+            "max_concurrency": 64,  # requests in flight at most; fewer while the endpoint says it is too much
+            "timeout": 120.0,  # seconds of one request
+            "max_attempts": 6,  # times that one unit is asked for in one start, overloads and outages aside
+            "backoff": 1.0,  # seconds before the second attempt; doubles, with jitter, up to 60
+            "pilot": 20,  # units asked first, from which the cost of all is estimated; 0: none
+            "budget": config_dict.placeholder(float),  # dollars, never exceeded; None: no limit
+            "retry_failed": False,  # ask once more for units that failed in an earlier start
+        },
+        "price": {  # dollars per million tokens, from the endpoint's price list; None: unknown, 0: free
+            "input": config_dict.placeholder(float),
+            "cached": config_dict.placeholder(float),  # prompt tokens served from a cache; None: as input
+            "output": config_dict.placeholder(float),
+            "batch": 0.5,  # what the Batch API costs, as a share of the price
+        },
+        "batch": {  # of the Batch API, with endpoint.kind "batch"; the first two are its own limits
+            "requests": 50_000,  # in one file
+            "bytes": 200_000_000,  # of one file
+            "in_flight": 4,  # batches at a time
+            "poll": 60.0,  # seconds between looks at a batch
+        },
+    }
 
 
 def _source() -> ConfigDict:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict, config_dict
 
+from nuner_jax.config import llm_schema
+from nuner_jax.config.values import check_values
 from nuner_jax.errors import NunerError
 
 CHOICES = {
@@ -24,7 +28,7 @@ AT_LEAST = {
 }
 AT_MOST = {"head.balance": 1.0}
 """Upper bounds of values that are at least 0."""
-FREE_KEYS = ("sets.", "encoders.")
+FREE_KEYS = ("sets.", "encoders.", "llms.")
 HEADS = ("linear", "mlp")
 
 
@@ -34,24 +38,43 @@ def check(config: ConfigDict) -> None:
     Raises:
       NunerError: naming the key and what it needs.
     """
-    named = {"sets": config.sets, "encoders": config.encoders, "k": config.k, "head.kinds": config.head.kinds}
-    for key, value in named.items():
+    for key, value in {"sets": config.sets, "k": config.k, "head.kinds": config.head.kinds}.items():
         if not value:
             raise NunerError(f"config.{key} is empty: name at least one")
+    if not config.encoders and not config.llms:
+        raise NunerError("config.encoders is empty, and so is config.llms: name at least one")
     for name, given in config.sets.items():
         if not isinstance(given, ConfigDict):
             raise NunerError(f"config.sets.{name} = {given!r}: give the keys of a data set, such as {{'path': FOLDER}}")
     for name, path in config.encoders.items():
         if not isinstance(path, str) or not path:
             raise NunerError(f"config.encoders.{name} = {path!r}: a folder, a name on the hub, or a workdir")
-    if any(type(k) is not int or k < 1 for k in config.k) or len(set(config.k)) < len(config.k):
-        raise NunerError(f"config.k = {tuple(config.k)}: different whole numbers, at least 1")
+    for name, llm in config.llms.items():
+        if not isinstance(llm, ConfigDict):
+            raise NunerError(
+                f"config.llms.{name} = {llm!r}: begin with nuner_jax.config.llm(), and change what differs"
+            )
+        check_values(llm, llm_schema.llm(), llm_schema, f"config.llms.{name}")
+        llm_schema.check(llm, name)
+        if name in config.encoders:
+            raise NunerError(f"config.llms.{name}: an encoder has the same name; give it another one")
+    check_k("k", config.k, least=0 if config.llms else 1)
+    if config.encoders and not any(config.k):
+        raise NunerError(f"config.k = {tuple(config.k)}: an encoder needs mentions to learn from, k of at least 1")
     if unknown := [kind for kind in config.head.kinds if kind not in HEADS]:
         raise NunerError(f"config.head.kinds: no head {unknown[0]!r}; there are {' and '.join(HEADS)}")
-    if config.baseline is not None and config.baseline not in config.encoders:
+    names = [*config.encoders, *config.llms]
+    if config.baseline is not None and config.baseline not in names:
         raise NunerError(
-            f"config.baseline = {config.baseline!r}: not among config.encoders, {', '.join(config.encoders)}"
+            f"config.baseline = {config.baseline!r}: not among config.encoders and config.llms, {', '.join(names)}"
         )
+
+
+def check_k(key: str, given: Sequence[int], least: int = 1) -> None:
+    """Refuses numbers of mentions that cannot be sampled; raises NunerError with their key."""
+    if not given or any(type(k) is not int or k < least for k in given) or len(set(given)) < len(given):
+        told = "at least 1" if least else "at least 0 (nothing but definitions, for language models)"
+        raise NunerError(f"config.{key} = {tuple(given)}: different whole numbers, {told}, one or more of them")
 
 
 def fewshot() -> ConfigDict:
@@ -59,10 +82,12 @@ def fewshot() -> ConfigDict:
     return ConfigDict(
         {
             "task": "fewshot",
-            "sets": {},  # name -> keys of a data set (`SetSpec` in nuner_jax/data/ner/set_spec.py); {}: a known one
+            "sets": {},  # name -> keys of a data set (`SetSpec` in nuner_jax/data/ner/set_spec.py); {}: a known one;
+            # and for language models "definitions": {type: what it means}, or a JSON file with that
             "encoders": {},  # name -> Hugging Face folder or hub name, or workdir or checkpoint of pre-training
-            "baseline": config_dict.placeholder(str),  # encoder that the others are compared with, in pairs; None: none
-            "k": (1, 4, 16, 64),  # mentions (rule kw: words) of each type to learn from
+            "llms": {},  # name -> `llm()`: language models asked in context, on the same samples
+            "baseline": config_dict.placeholder(str),  # name that the others are compared with, in pairs; None: none
+            "k": (1, 4, 16, 64),  # mentions (rule kw: words) of each type to learn from; 0 is for language models
             "seeds": 10,  # samples, each with a head of its own, of every set and k
             "seed": 0,  # the first of them; the others follow
             "rule": "k~2k",  # k to 2k mentions of each type (paper); or "kw": words

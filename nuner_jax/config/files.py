@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,11 +13,19 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from nuner_jax.config import annotate_schema, fewshot_schema, finetune_schema, pretrain_schema
+from nuner_jax.config import (
+    annotate_schema,
+    fewshot_schema,
+    finetune_schema,
+    pretrain_classes_schema,
+    pretrain_schema,
+)
+from nuner_jax.config.values import check_values, leaves, nearest
 from nuner_jax.errors import NunerError
 
 SCHEMAS = {
     "pretrain": pretrain_schema,
+    "pretrain_classes": pretrain_classes_schema,
     "annotate": annotate_schema,
     "finetune": finetune_schema,
     "fewshot": fewshot_schema,
@@ -37,11 +44,11 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
             name = following if match[1] is None else match[1]
     if name:
-        known = [key for key, _ in _leaves(load_file(name))]
+        known = [key for key, _ in leaves(load_file(name))]
         for argument in argv:
             override = re.fullmatch(r"--?config\.([^=]+)(=.*)?", argument)
             if override and override[1] not in known:
-                raise NunerError(f"--config.{override[1]}: no such key{_nearest(override[1], known)}")
+                raise NunerError(f"--config.{override[1]}: no such key{nearest(override[1], known)}")
     return flags.FLAGS(list(argv))
 
 
@@ -62,25 +69,13 @@ def load_file(name: str) -> ConfigDict:
         unknown = re.search(r'Key "(\w+)" does not exist', str(error))
         reason = f"{type(error).__name__}: {error}"
         if unknown:
-            reason = f"no such key {unknown[1]!r}{_nearest(unknown[1], _all_keys())}"
+            reason = f"no such key {unknown[1]!r}{nearest(unknown[1], _all_keys())}"
         raise NunerError(f"--config={name}: {place}: {reason}") from error
 
 
 def _all_keys() -> list[str]:
     """The keys of every kind of config."""
-    return list(dict.fromkeys(key for task, schema in SCHEMAS.items() for key, _ in _leaves(getattr(schema, task)())))
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    """The keys most like this one, by their last part or a word of it."""
-
-    def likeness(name: str) -> float:
-        last = name.rpartition(".")[2]
-        words = [last, *last.split("_")]
-        return max(difflib.SequenceMatcher(None, key.rpartition(".")[2], word).ratio() for word in words)
-
-    close = sorted((name for name in known if likeness(name) > 0.7), key=likeness, reverse=True)[:3]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; the keys are {', '.join(known)}"
+    return list(dict.fromkeys(key for task, schema in SCHEMAS.items() for key, _ in leaves(getattr(schema, task)())))
 
 
 def check(config: ConfigDict, *, tasks: Sequence[str] = tuple(SCHEMAS)) -> None:
@@ -97,28 +92,8 @@ def check(config: ConfigDict, *, tasks: Sequence[str] = tuple(SCHEMAS)) -> None:
     if task not in tasks:
         raise NunerError(f"config.task = {task!r}: this command takes a config of {' or '.join(tasks)}")
     schema = SCHEMAS[task]
-    flat, known = dict(_leaves(config)), dict(_leaves(getattr(schema, task)()))
-    for key in flat:
-        if key not in known and not key.startswith(schema.FREE_KEYS):
-            raise NunerError(f"config.{key}: no such key{_nearest(key, list(known))}")
-    for key, allowed in schema.CHOICES.items():
-        if flat[key] not in allowed:
-            raise NunerError(f"config.{key} = {flat[key]!r}: choose one of {', '.join(map(repr, allowed))}")
-    for key, least in schema.AT_LEAST.items():
-        if flat[key] is not None and not flat[key] >= least:  # so that NaN is refused too
-            raise NunerError(f"config.{key} = {flat[key]}: at least {least} is needed")
-    for key, most in schema.AT_MOST.items():
-        if not 0 <= flat[key] <= most:
-            raise NunerError(f"config.{key} = {flat[key]}: between 0 and {most} is needed")
+    check_values(config, getattr(schema, task)(), schema)
     schema.check(config)
-
-
-def _leaves(config: ConfigDict, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -147,7 +122,7 @@ def difference(config: ConfigDict, path: Path) -> list[str]:
       config: the config at hand.
       path: the saved one.
     """
-    there = dict(_leaves(read(path)))
-    here = dict(_leaves(ConfigDict(json.loads(config.to_json_best_effort()))))
+    there = dict(leaves(read(path)))
+    here = dict(leaves(ConfigDict(json.loads(config.to_json_best_effort()))))
     keys = [key for key in here | there if here.get(key) != there.get(key)]
     return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys]

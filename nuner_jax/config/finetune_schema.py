@@ -35,7 +35,13 @@ AT_LEAST = {
     "checkpoint.keep": 1,
     "log_every": 1,
 }
-AT_MOST = {"model.dropout": 0.999, "head.dropout": 0.999, "optim.warmup": 1.0, "optim.layer_decay": 1.0}
+AT_MOST = {
+    "data.dev_share": 0.9,
+    "model.dropout": 0.999,
+    "head.dropout": 0.999,
+    "optim.warmup": 1.0,
+    "optim.layer_decay": 1.0,
+}
 """Upper bounds of values that are at least 0."""
 FREE_KEYS = ()
 
@@ -113,6 +119,7 @@ def _data() -> ConfigDict:
                 "malformed": config_dict.placeholder(str),  # rows: "refuse" the file, or "skip" and count them
                 "version": config_dict.placeholder(str),  # of the data, for the record
             },
+            "dev_share": 0.0,  # of the train texts, by their hash: the dev split of a set without one of its own
             "sentences": (),  # of the train split, the numbers of those to train on, such as a sample's; (): all
             "cache_dir": "~/.cache/nuner_jax",  # compiled programs
             "rows": 4,  # packed rows per optimizer update, over all devices; fewer hold data where an epoch has fewer

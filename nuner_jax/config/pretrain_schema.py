@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
+from nuner_jax.config.fewshot_schema import check_k
 from nuner_jax.errors import NunerError
 
 SAMPLE_TOKENIZER = str(Path(__file__).parents[1] / "data" / "sample" / "tokenizer")
@@ -38,6 +39,7 @@ AT_LEAST = {
     "eval.batches": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "transfer.seeds": 1,
     "log_every": 1,
 }
 AT_MOST = {"model.dropout": 0.999, "optim.warmup": 1.0, "data.validation_fraction": 0.5, "data.max_malformed": 1.0}
@@ -53,6 +55,7 @@ def check(config: ConfigDict) -> None:
     """
     if not config.data.sources:
         raise NunerError("config.data.sources is empty: name at least one source of training data")
+    check_k("transfer.k", config.transfer.k)
 
 
 def pretrain() -> ConfigDict:
@@ -79,6 +82,11 @@ def pretrain() -> ConfigDict:
                 "keep": 2,  # latest checkpoints kept, beside the best one
                 "best": "retrieval/mrr",  # what chooses the best one; or "validation/loss", which overfits first
                 "init_from": config_dict.placeholder(str),  # workdir or checkpoint of another run to start from
+            },
+            "transfer": {  # the few-shot table at the end: the text encoder before and after, as `fewshot` measures it
+                "sets": (),  # known data sets (data/ner/named_sets.py), such as ("travel_desk",); (): no table
+                "k": (4, 16),  # mentions of each type to learn from
+                "seeds": 5,  # samples of every set and k; 5 are the fewest that have an interval
             },
             "log_every": 50,  # steps between lines of metrics
             "plot": True,  # write training.png at the end

@@ -64,7 +64,7 @@ class Rejected:
 class Completion:
     """What became of every line of a completion.
 
-    annotations: in order, each once.
+    annotations: in order, each once, unless repeats were asked for.
     rejected: "no_delimiter", "too_many_fields", "empty_surface", "empty_concept", "repeated_line" (the same annotation
       again), "cut_off" (the end of a cut answer), "lone_surrogate" (half a character); of JSON: "bad_json" (from
       there on unreadable), "other_json" (without a list of entities), "bad_item" (not the keys that were asked for).
@@ -89,13 +89,14 @@ class JsonArray:
     whole: bool
 
 
-def parse_completion(completion: str, text: str = "", *, cut: bool = False) -> Completion:
+def parse_completion(completion: str, text: str = "", *, cut: bool = False, repeats: bool = False) -> Completion:
     """Sorts every line of a completion; no string is refused.
 
     text: what was annotated, to decide between readings; "" if it is not known.
     cut: the answer ended at its token limit, so its last line is not to be trusted.
+    repeats: an annotation that comes again is one more, and no "repeated_line".
     """
-    sorter = _Sorter(text)
+    sorter = _Sorter(text, repeats)
     lines = [line.removesuffix("\r") for line in completion.split("\n")]
     answer = _answer_start(lines)
     sorter.ignored += [Rejected(line, "reasoning") for line in lines[:answer]]
@@ -141,7 +142,9 @@ class _Sorter:
     """Where the lines of one completion go."""
 
     text: str
-    annotations: dict[Annotation, None] = field(default_factory=dict)
+    repeats: bool
+    annotations: list[Annotation] = field(default_factory=list)
+    seen: set[Annotation] = field(default_factory=set)
     rejected: list[Rejected] = field(default_factory=list)
     ignored: list[Rejected] = field(default_factory=list)
 
@@ -197,9 +200,10 @@ class _Sorter:
                 self.ignored.append(Rejected(line, "header"))
                 return
             "".join(annotation).encode()
-            if annotation in self.annotations:
+            if annotation in self.seen and not self.repeats:
                 raise MalformedAnnotation("repeated_line")
-            self.annotations[annotation] = None
+            self.annotations.append(annotation)
+            self.seen.add(annotation)
         except UnicodeEncodeError:
             self.rejected.append(Rejected(line, "lone_surrogate"))
         except MalformedAnnotation as error:

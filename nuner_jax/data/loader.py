@@ -45,8 +45,8 @@ class PackedLoader:
         *,
         rows: int,
         row_length: int,
-        concept_row_length: int,
-        row_multiple: int,
+        concept_row_length: int | None,
+        row_multiple: int = 1,
         seed: int,
         pad_id: int,
         weights: dict[str, float] | None = None,
@@ -58,7 +58,7 @@ class PackedLoader:
           corpus: the tokenised texts.
           rows: R, text rows of one batch.
           row_length: L, tokens per text row.
-          concept_row_length: the largest K, tokens per concept row, to choose.
+          concept_row_length: the largest K, tokens per concept row, to choose; None: batches of text rows alone.
           row_multiple: Q is rounded up to a multiple of it, so that a batch is the same on every mesh whose
             batch axes divide it.
           seed: of the shuffles.
@@ -70,7 +70,7 @@ class PackedLoader:
           NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
         """
         self.corpus, self.seed, self.pad_id, self.shuffle = corpus, seed, pad_id, shuffle
-        self._visits_M = _visits(corpus, weights or {}, seed)
+        self._visits_M = visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
             raise NunerError(f"no sequence is left at the source weights {weights} (config.data.sources)")
         self._length_M = corpus.length_W[self._visits_M]
@@ -116,10 +116,13 @@ class PackedLoader:
           tokens, segments [R, L] int32 (segment 0 is padding); scored [R, L] bool;
           pair_positions, pair_concepts [R, P] int32 (-1 pads; positions in the row, concept ids);
           concept_tokens, concept_segments [Q, K] int32; concept_ids [Q, S] int32 (-1 is an empty slot);
-          dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for.
+          dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for. Of text rows alone
+          there are those of the text.
         """
         slots, sequences = self._row_contents(index)
         text = self._text_rows(slots, sequences, text_rows)
+        if not self.shapes.concept_rows:
+            return text
         concepts = self._concept_rows(_distinct_concepts(self.corpus, sequences), concept_rows)
         return text | concepts
 
@@ -216,37 +219,46 @@ class PackedLoader:
             "dropped_concepts": dropped[part],
         }
 
-    def _measure(self, rows: int, row_length: int, concept_row_length: int, row_multiple: int) -> Shapes:
+    def _measure(self, rows: int, row_length: int, concept_row_length: int | None, row_multiple: int) -> Shapes:
         """Static shapes from the first batches: the largest of each, and a little headroom."""
         self._batch_rows = rows
-        pairs, concepts, tokens = 1, 1, 1
-        concept_length_C = np.diff(self.corpus.concept_offsets_C1)
-        for index in range(min(_MEASURED_BATCHES, math.ceil(self.rows_per_epoch / rows))):
-            slots, sequences = self._row_contents(index)
+        number = min(_MEASURED_BATCHES, math.ceil(self.rows_per_epoch / rows))
+        batches = [self._row_contents(index) for index in range(number)]
+        pairs = 1
+        for slots, sequences in batches:
             per_row = np.repeat(np.arange(len(slots)), [len(row) for row in slots])
             pairs = max(pairs, np.bincount(per_row, _pair_ranges(self.corpus, sequences)[1]).max())
+        concept_shape = (0, 0, 0)
+        if concept_row_length is not None:
+            sequences = [sequences for _, sequences in batches]
+            concept_shape = self._measure_concepts(sequences, concept_row_length, row_multiple)
+        return Shapes(rows, row_length, _round_up(math.ceil(_HEADROOM * pairs), 8), *concept_shape)
+
+    def _measure_concepts(self, batches: list[np.ndarray], longest_row: int, row_multiple: int) -> tuple[int, int, int]:
+        """Concept rows, tokens per row and concepts per row that hold the concepts of these batches' sequences."""
+        concepts, tokens = 1, 1
+        concept_length_C = np.diff(self.corpus.concept_offsets_C1)
+        for sequences in batches:
             distinct = _distinct_concepts(self.corpus, sequences)
-            concepts, tokens = (
-                max(concepts, distinct.size),
-                max(tokens, concept_length_C[distinct].sum()),
-            )
+            concepts, tokens = max(concepts, distinct.size), max(tokens, concept_length_C[distinct].sum())
         # Few long rows attend over more than they need, many short ones leave gaps: the rows are as many as the
         # longest allowed row asks for, and then only as long as they must be (dealing makes them alike).
         tokens = math.ceil(_HEADROOM * tokens)
-        concept_rows = _round_up(math.ceil(tokens / concept_row_length), row_multiple)
+        rows = _round_up(math.ceil(tokens / longest_row), row_multiple)
         longest = int(concept_length_C.max(initial=1))
-        return Shapes(
-            rows=rows,
-            row_length=row_length,
-            pairs_per_row=_round_up(math.ceil(_HEADROOM * pairs), 8),
-            concept_rows=concept_rows,
-            concept_row_length=_round_up(max(longest, math.ceil(tokens / concept_rows)), 8),
-            concepts_per_row=math.ceil(_HEADROOM * concepts / concept_rows),
-        )
+        row_length = _round_up(max(longest, math.ceil(tokens / rows)), 8)
+        return rows, row_length, math.ceil(_HEADROOM * concepts / rows)
 
 
-def _visits(corpus: Corpus, weights: dict[str, float], seed: int) -> np.ndarray:
-    """The sequences of one epoch: each source as often as its weight says, int64 [M]."""
+def visits(corpus: Corpus, weights: dict[str, float], seed: int) -> np.ndarray:
+    """The sequences of one epoch: each source as often as its weight says, int64 [M].
+
+    Args:
+      corpus, weights, seed: as `PackedLoader` takes them.
+
+    Raises:
+      NunerError: a negative weight.
+    """
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise NunerError(f"config.data.sources.{name}.weight = {weight}: visits per epoch are at least 0")

@@ -1,5 +1,5 @@
 """Few-shot transfer: what an encoder has learnt, measured with few labelled sentences.
 
-words.py and tagged_files.py read, named_sets.py knows public sets, datasets.py gives data sets with
-stated splits, and sampling.py draws the few sentences.
+plan.py reads and checks all, material.py and sampling.py say which sentences, features.py and heads.py compute,
+scoring.py scores, results.py averages the rows, and tables.py, figures.py and page.py show them; run.py is the whole.
 """

@@ -32,11 +32,12 @@ def main(argv: Sequence[str]) -> None:
     workdir = local_path(given.workdir or f"runs/{Path(config_file.partition(':')[0]).stem}")
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
         jax.config.update("jax_compilation_cache_dir", str(local_path(config.cache_dir) / "compiled"))
-    fewshot(config, workdir, Console(active=True))
+    fewshot(config, workdir, Console(active=True), dry_run=given.dry_run)
 
 
 if __name__ == "__main__":
     # Defined here and not above: whoever imports this module may have flags of its own.
     config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
     flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
+    flags.DEFINE_bool("dry_run", False, "Check all, show prompts of language models and an estimate; ask nothing.")
     run_command(main, parse_flags=config_lib.parse_flags)

@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 
 from nuner_jax import pretrained, sharding, text_encoder
-from nuner_jax import workdir as workdir_lib
 from nuner_jax.data import ragged
 from nuner_jax.data.tagged import WordCorpus, WordLoader, tokenise
 from nuner_jax.models import params as params_lib
@@ -35,12 +34,12 @@ _TOKENS_ON_CPU, _TOKENS_ON_ACCELERATOR = 1024, 65536
 class Frozen:
     """An encoder whose parameters do not change.
 
-    frozen_layers: the bottom layers that its pre-training left as they were; half of all where it does not say, as
-      in the paper.
+    origin: where its parameters are from, in words.
+    frozen_layers: as `TextEncoder` has it.
     fingerprint: sha256 of sizes, parameters, tokenizer and dtype: all that decides a vector.
     """
 
-    folder: Path
+    origin: str
     config: EncoderConfig
     params: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
@@ -75,8 +74,7 @@ def load_frozen(encoder: str, dtype: str = "float32") -> Frozen:
     """Reads an encoder.
 
     Args:
-      encoder: a workdir or checkpoint of this project's training (its text encoder), a Hugging Face folder, or a
-        name on the hub.
+      encoder: its name, as `text_encoder.find` takes it.
       dtype: of the computation, "float32" or "bfloat16"; the vectors are float32 whatever it is.
 
     Raises:
@@ -84,13 +82,10 @@ def load_frozen(encoder: str, dtype: str = "float32") -> Frozen:
     """
     found = text_encoder.find(encoder)
     tokenizer, params = found.load_tokenizer(), found.load_params(_abstract(found.config, dtype)[1])
-    frozen_layers = found.config.num_layers // 2
-    if found.is_checkpoint:
-        frozen_layers = workdir_lib.read_config(found.folder.parent.parent).model.frozen_layers
     digest = hashlib.sha256(repr((found.config, dtype, pretrained.tokenizer_fingerprint(tokenizer))).encode())
     for path, leaf in sorted(params_lib.flatten(params).items()):
         digest.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
-    return Frozen(found.folder, found.config, params, tokenizer, dtype, frozen_layers, digest.hexdigest())
+    return Frozen(found.origin, found.config, params, tokenizer, dtype, found.frozen_layers, digest.hexdigest())
 
 
 @functools.cache
@@ -141,7 +136,7 @@ def _vectors(
     frozen: Frozen, corpus: WordCorpus, layers: tuple[int, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """Yields (words, their vectors [V, D], share of all tokens done), batch after batch."""
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     params = jax.device_put(frozen.params, sharding.replicated(mesh))
     graphdef = _abstract(frozen.config, frozen.dtype)[0]
     per_device = _TOKENS_ON_CPU if jax.default_backend() == "cpu" else _TOKENS_ON_ACCELERATOR

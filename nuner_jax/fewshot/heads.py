@@ -187,7 +187,7 @@ def _train(
 
 def _place(per_head: tuple, shared: tuple) -> tuple[tuple, tuple]:
     """The heads split over the devices, padded with copies of the last to a number that divides; the rest on all."""
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     missing = -len(per_head[0]) % sharding.batch_devices(mesh)
     padded = jax.tree.map(lambda array: np.concatenate([array, *[array[-1:]] * missing]), per_head)
     return jax.device_put(padded, sharding.row_sharding(mesh)), jax.device_put(shared, sharding.replicated(mesh))
@@ -202,7 +202,7 @@ def _power_of_two(number: int, least: int) -> int:
 
 def predict_heads(heads: Heads, features_WxD: np.ndarray) -> np.ndarray:
     """The class that each head gives each word: int32 [H, W]; of equal logits, the first."""
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     joined = _joined(jax.device_put(heads, sharding.replicated(mesh)))
     per_device = _WORDS_ON_CPU if jax.default_backend() == "cpu" else _WORDS_ON_ACCELERATOR
     size = per_device * sharding.batch_devices(mesh)

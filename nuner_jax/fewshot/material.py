@@ -12,6 +12,7 @@ from nuner_jax.data import ragged
 from nuner_jax.data.ner.datasets import TaggedSet
 from nuner_jax.data.ner.words import label_words, word_spans
 from nuner_jax.data.records import Record
+from nuner_jax.errors import NunerError
 from nuner_jax.fewshot.sampling import Sample, pool_counts, sample_sentences, shortages
 from nuner_jax.metrics import Spans
 
@@ -70,19 +71,14 @@ class Material:
         """Draws the samples, and of the test split `max_sentences` at random where it has more.
 
         Raises:
-          NunerError: the pool has no mention.
+          NunerError: the pool has no mention, or the test sentences drawn have none.
         """
         counts_SxT = pool_counts(data, rule)
         samples = {(k, seed): sample_sentences(counts_SxT, k, seed, rule) for k in ks for seed in seeds}
-        notes = []
-        for k in ks:
-            lacking = [seed for seed in seeds if samples[k, seed].short or samples[k, seed].blocked]
-            for line in shortages(samples[k, lacking[0]], counts_SxT, data.types, k, rule) if lacking else ():
-                notes.append(f"{data.name}, seed {lacking[0]} ({len(lacking)} of {len(seeds)} are alike): {line}")
-        test = data.test
-        if max_sentences and max_sentences < len(test):
-            chosen = np.sort(np.random.default_rng(0).choice(len(test), max_sentences, replace=False))
-            test = [test[number] for number in chosen]
+        lacking = shortages(samples, counts_SxT, data.types, rule)
+        notes = [*_about_types(data), *(f"{data.name}: {line}" for line in lacking)]
+        test = _some(data, max_sentences)
+        if len(test) < len(data.test):
             notes.append(f"{data.name}: scored on {len(test):,} of the {len(data.test):,} sentences of its test split")
         drawn_P = np.unique(np.concatenate([np.asarray(sample.ids, np.int64) for sample in samples.values()]))
         pool = Sentences.of([data.train[number] for number in drawn_P], data)
@@ -94,6 +90,12 @@ class Material:
         first, stop = self.pool.offsets_S1[places], self.pool.offsets_S1[places + 1]
         return ragged.ranges(first, stop - first)
 
+    def facts(self, k: int, seed: int) -> dict[str, Any]:
+        """What the row of a result tells of its sample."""
+        sample = self.samples[k, seed]
+        short = [name for name, reached in zip(self.data.types, sample.reached, strict=True) if reached < k]
+        return {"sample_hash": sample.hash, "sentences": len(sample.ids), "short_types": short}
+
     def samples_as_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """k → seed → ids, their hash, and how many mentions of each type they have."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -101,3 +103,24 @@ class Material:
             reached = dict(zip(self.data.types, sample.reached, strict=True))
             found.setdefault(str(k), {})[str(seed)] = {"hash": sample.hash, "ids": sample.ids, "reached": reached}
         return found
+
+
+def _some(data: TaggedSet, max_sentences: int | None) -> Sequence[Record]:
+    """At most so many sentences of the test split, drawn at random."""
+    if max_sentences is None or max_sentences >= len(data.test):
+        return data.test
+    chosen = np.sort(np.random.default_rng(0).choice(len(data.test), max_sentences, replace=False))
+    test = [data.test[number] for number in chosen]
+    if not any(record.entities for record in test):
+        raise NunerError(
+            f"config.eval.max_sentences = {max_sentences}: no sentence that was drawn of the test split of {data.name}"
+            " has a mention, so nothing can be scored; raise it"
+        )
+    return test
+
+
+def _about_types(data: TaggedSet) -> list[str]:
+    if not data.report["types_only_in_test"]:
+        return []
+    names = ", ".join(data.report["types_only_in_test"])
+    return [f"{data.name}: types in test that train lacks: {names}; no head can learn them, and they count with F1 0"]

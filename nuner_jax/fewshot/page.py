@@ -6,7 +6,6 @@ worst errors in their sentences.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from nuner_jax.fewshot.results import METRICS, Cell, Results
-from nuner_jax.fewshot.tables import Table, explanations, score_table, type_table
+from nuner_jax.data.ner.set_report import report_table
+from nuner_jax.fewshot.results import FURTHER, METRICS, Cell, Results
+from nuner_jax.fewshot.tables import Table, as_heading, explanations, score_table, type_table
 from nuner_jax.folders import writing
 from nuner_jax.metrics import Spans
+from nuner_jax.webpage import Html, bullets, document, folded, image, marked, table
 
 EXAMPLES = 5  # missed mentions shown of each type, and as many wrong ones
 _CONTEXT = 100  # characters on either side of an error
@@ -172,59 +173,32 @@ def write_page(
       NunerError: it cannot be written.
     """
     grid = results.grid
-    sections = [("What the numbers mean", _list(explanations(results, notes)))]
-    sections += [(title, _table(score_table(cells, grid, name), names=2)) for name, title in METRICS.items()]
-    sections.append(("Learning curves", "".join(map(_image, figures))))
+
+    def scores(name: str) -> Html:
+        return _numbers(score_table(cells, grid, name), names=3)
+
+    sections = [(as_heading(METRICS["token_macro_f1"]), scores("token_macro_f1"))]
+    sections.append(("What the numbers mean", bullets(explanations(results, notes))))
+    sections.append(("Learning curves", Html("".join(image(path, path.stem) for path in figures))))
+    others = {name: title for name, title in (METRICS | FURTHER).items() if name != "token_macro_f1"}
+    folds = [folded(as_heading(title), scores(name)) for name, title in others.items()]
+    sections.append(("Other metrics, precision and recall", Html("".join(folds))))
     for name in grid.sets:
-        content = f"<h3>F1 of each type over words, mean over seeds</h3>{_table(type_table(results, name), names=1)}"
-        sections.append((name, content + (_detail(details[name]) if name in details else "")))
+        content = f"<pre>{escape(report_table(manifest['data'][name]))}</pre>"
+        content += _detail(details[name]) if name in details else ""
+        sections.append((name, content + _types(results, name)))
     settings = escape(json.dumps(manifest, indent=2, ensure_ascii=False))
+    about = "Config, seeds, hashes of the samples, fingerprints, versions, starts, duration"
     sections.append(
-        (
-            "How to get this again",
-            f"<pre>{escape(manifest['command'])}</pre><details><summary>Config, seeds, hashes of the samples, "
-            f"fingerprints, versions, duration</summary><pre>{settings}</pre></details>",
-        )
+        ("How to get this again", f"<pre>{escape(manifest['command'])}</pre>{folded(about, f'<pre>{settings}</pre>')}")
     )
-    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{content}</section>" for name, content in sections)
+    lead = (
+        f"{len(grid.encoders) + len(grid.llms)} encoders on {len(grid.sets)} data sets, "
+        f"k = {', '.join(map(str, grid.k))}, {len(grid.seeds)} seeds."
+    )
     with writing(out):
-        out.write_text(_PAGE.replace("BODY", body), encoding="utf-8")
+        out.write_text(document("Few-shot results", lead, sections), encoding="utf-8")
     return out
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Few-shot results</title>
-<style>
-body { margin: 0; font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff; }
-main { max-width: 76rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dae0; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e8ebef; }
-td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-table.confusion td, table.confusion th { padding: .15rem .4rem; font-size: .8rem; }
-table.confusion thead th { writing-mode: vertical-rl; text-align: right; }
-pre { white-space: pre-wrap; background: #f4f6f8; padding: .8rem; font-size: .85rem; }
-mark { background: #ffe49a; }
-summary { cursor: pointer; padding: .2rem 0; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-</style>
-</head>
-<body>
-<main>
-<h1>Few-shot results</h1>
-BODY
-</main>
-</body>
-</html>
-"""
 
 
 def _by_sentence(counts: Mapping[Mention, int]) -> dict[int, list[tuple[Mention, int]]]:
@@ -252,66 +226,55 @@ def _overlapping(
     return told if heads is None else f"{told} ({count} of {heads})"
 
 
-def _detail(detail: Detail) -> str:
+def _types(results: Results, set_name: str) -> Html:
+    """What each type of a set scored."""
+    parts = [
+        folded(f"Each type, {title}: F1 (precision / recall), mean over seeds", _numbers(of_types, names=1))
+        for name, title in METRICS.items()
+        if (of_types := type_table(results, set_name, name))
+    ]
+    return Html("<h3>Types</h3>" + "".join(parts))
+
+
+def _detail(detail: Detail) -> Html:
     """Confusion and errors of a set."""
     whose = escape(f"{detail.title}, {detail.heads} seeds together")
-    parts = [f"<h3>Words by right class (rows) and found class (columns), per seed: {whose}</h3>", _confusion(detail)]
-    parts.append(f"<h3>Worst errors: {whose}</h3>")
+    parts = [f"<h3>Confusion: {whose}</h3>", _confusion(detail), f"<h3>Worst errors: {whose}</h3>"]
     for one in detail.types:
         if not one.worst_missed and not one.worst_wrong:
             continue
         summary = (
             f"{one.type}: of {one.support:,} mentions {one.missed:.1f} missed, and {one.wrong:.1f} wrong, per seed"
         )
-        rows = [_error_row("missed", error, detail.heads) for error in one.worst_missed]
-        rows += [_error_row("wrong", error, detail.heads) for error in one.worst_wrong]
-        head = "<tr><th>error</th><th>seeds</th><th>sentence</th><th>found, or right, instead</th></tr>"
-        table = f'<div class="wide"><table><thead>{head}</thead>{"".join(rows)}</table></div>'
-        parts.append(f"<details><summary>{escape(summary)}</summary>{table}</details>")
-    return "\n".join(parts)
+        rows = [_error("missed", error, detail.heads) for error in one.worst_missed]
+        rows += [_error("wrong", error, detail.heads) for error in one.worst_wrong]
+        parts.append(folded(summary, table(("sentence", "error", "found, or right, instead"), rows)))
+    return Html("\n".join(parts))
 
 
-def _confusion(detail: Detail) -> str:
-    """A cell is the darker, the larger its share of the row."""
+def _confusion(detail: Detail) -> Html:
+    """A cell is the darker, the larger its share of the row; words that none has are left white."""
     head = "".join(f"<th>{escape(name)}</th>" for name in detail.classes)
     lines = [f"<thead><tr><td></td>{head}</tr></thead>"]
     for name, row in zip(detail.classes, detail.confusion, strict=True):
         whole = sum(row) or 1
-        cells = "".join(
-            f'<td class="number" style="background:rgba(31,111,139,{0.7 * words / whole:.2f})">{words:,.0f}</td>'
-            for words in row
-        )
+        cells = "".join(_share(words, words / whole) for words in row)
         lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
-    return f'<div class="wide"><table class="confusion">{"".join(lines)}</table></div>'
+    what = "<p>Words per seed: a row is what is right, a column what was found.</p>"
+    return Html(f'{what}<div class="wide"><table class="grid">{"".join(lines)}</table></div>')
 
 
-def _error_row(kind: str, error: Error, heads: int) -> str:
-    before = error.text[max(0, error.start - _CONTEXT) : error.start]
-    after = error.text[error.end : error.end + _CONTEXT]
-    left = "…" if error.start > _CONTEXT else ""
-    right = "…" if error.end + _CONTEXT < len(error.text) else ""
-    marked = f"<mark>{escape(error.text[error.start : error.end])}</mark>"
-    sentence = f"{left}{escape(before)}{marked}{escape(after)}{right}"
-    cells = (kind, f"{error.heads} of {heads}", sentence, escape(error.instead or "nothing"))
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+def _share(words: float, share: float) -> str:
+    shown = f"{words:,.0f}" if words >= 0.5 else "" if not words else "<½"
+    return f'<td class="number" style="background:rgba(31,111,139,{0.7 * share:.2f})">{escape(shown)}</td>'
 
 
-def _table(table: Table, names: int) -> str:
+def _error(kind: str, error: Error, heads: int) -> tuple[str, ...]:
+    sentence = marked(error.text, error.start, error.end, _CONTEXT)
+    return sentence, f"{kind} by {error.heads} of {heads}", error.instead or "nothing"
+
+
+def _numbers(given: Table, names: int) -> Html:
     """A table whose first `names` columns are no numbers."""
-    lines = []
-    for number, row in enumerate(table):
-        tag = "td" if number else "th"
-        cells = (
-            f"<{tag}{' class=number' if at >= names else ''}>{escape(cell)}</{tag}>" for at, cell in enumerate(row)
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead>{lines[0]}</thead>{"".join(lines[1:])}</table></div>'
-
-
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">\n'
+    head, *rows = given
+    return table((*head[:names], *(f"#{name}" for name in head[names:])), rows)

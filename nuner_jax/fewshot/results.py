@@ -4,8 +4,10 @@ A row is the outcome of one head: one set, encoder, head, k and seed. WORKDIR/re
 
   set, encoder, head, k, rule, seed   which run it is; no two rows share all six
   sample_hash                         of the sentences learnt from: the same for every encoder and head
-  token_macro_f1, entity_f1, string_f1, entity_precision, entity_recall   between 0 and 1
-  per_type                            {type: {"precision", "recall", "f1", "support"}}, over words
+  token_macro_f1, entity_f1, string_f1   between 0 and 1; each with its …_precision and …_recall
+  per_type                            {metric: {type: {"precision", "recall", "f1", "support"}}}
+  short_types                         the types of which the sample has fewer than k mentions
+  answers                             of a language model: what became of its answers
 
 What is computed of them, for each set, encoder, head and k:
 
@@ -26,7 +28,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,11 +45,22 @@ METRICS = {
     "entity_f1": "entity micro F1, strict",
     "string_f1": "string F1, as UniversalNER",
 }
+FURTHER = {
+    "token_macro_precision": "token macro precision",
+    "token_macro_recall": "token macro recall",
+    "entity_precision": "entity micro precision, strict",
+    "entity_recall": "entity micro recall, strict",
+    "string_precision": "string precision, as UniversalNER",
+    "string_recall": "string recall, as UniversalNER",
+}
 ROWS_FILE = "results.jsonl"
+IN_CONTEXT = "in context"
+"""The head of a language model: nothing is trained."""
 MIN_VALUES = 5
 """Values that an interval needs: of 4, even the whole range holds the mean of a normal distribution 87 times in 100."""
 
 _KEY = ("set", "encoder", "head", "k", "rule", "seed")
+_VALUES = ("sample_hash", *METRICS, *FURTHER, "per_type", "short_types")
 _RESAMPLES = 20_000
 
 Row = Mapping[str, Any]
@@ -56,7 +70,8 @@ Row = Mapping[str, Any]
 class Grid:
     """The runs that a config asks for: a row for each combination.
 
-    baseline: the encoder that the others are compared with, or None.
+    llms: language models, which stand among the encoders of rows and tables, with the head `IN_CONTEXT`.
+    baseline: the encoder or language model that the others are compared with, or None.
     """
 
     sets: tuple[str, ...]
@@ -66,14 +81,43 @@ class Grid:
     seeds: tuple[int, ...]
     rule: str
     baseline: str | None
+    llms: tuple[str, ...] = ()
 
     def runs(self) -> Iterator[tuple]:
         """(set, encoder, head, k, rule, seed) of every row."""
-        return itertools.product(self.sets, self.encoders, self.heads, self.k, (self.rule,), self.seeds)
+        for name, (encoder, head) in itertools.product(self.sets, self.systems):
+            for k in self.k_of(encoder):
+                yield from ((name, encoder, head, k, self.rule, seed) for seed in self.seeds_at(k))
+
+    @property
+    def systems(self) -> list[tuple[str, str]]:
+        """(encoder, head) of every line of a table, in its order."""
+        encoders = [(encoder, head) for head in self.heads for encoder in self.encoders]
+        llms = [(name, IN_CONTEXT) for name in self.llms]
+        return [*llms, *encoders] if self.baseline in self.llms else [*encoders, *llms]
+
+    def heads_of(self, encoder: str) -> tuple[str, ...]:
+        """The heads that an encoder has."""
+        return (IN_CONTEXT,) if encoder in self.llms else self.heads
+
+    def k_of(self, encoder: str) -> tuple[int, ...]:
+        """The k that an encoder is measured at: only a language model needs no example."""
+        return self.k if encoder in self.llms else tuple(k for k in self.k if k)
+
+    def seeds_at(self, k: int) -> tuple[int, ...]:
+        """The seeds of a k: without examples all are alike, so there is one."""
+        return self.seeds if k else self.seeds[:1]
 
     def name_of(self, encoder: str, head: str) -> str:
-        """How a table names an encoder with its head: the head only where there are several."""
-        return encoder if len(self.heads) == 1 else f"{encoder}, {head}"
+        """How a table names an encoder with its head: the head only where there are several, or none is trained."""
+        return encoder if head in self.heads and len(self.heads) == 1 else f"{encoder}, {head}"
+
+    def rival_of(self, encoder: str, head: str) -> tuple[str, str] | None:
+        """The (encoder, head) that one is compared with: the baseline with the same head, or with its first one."""
+        if self.baseline is None or encoder == self.baseline:
+            return None
+        heads = self.heads_of(self.baseline)
+        return self.baseline, head if head in heads else heads[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +125,7 @@ class Cell:
     """What is known of one metric of an encoder with a head, or of its difference to `minus`; between -1 and 1.
 
     set: None is the mean over sets. n: seeds that are there, of the `expected` ones.
+    short_types: how many types some sample has fewer than k mentions of; over the sets together for their mean.
     mean, deviation, interval: None where n is too small, or the mean over sets is incomplete.
     interval_over_sets: of the mean over sets alone, where there are enough sets.
     """
@@ -93,6 +138,7 @@ class Cell:
     k: int
     n: int
     expected: int
+    short_types: int
     mean: float | None = None
     deviation: float | None = None
     interval: tuple[float, float] | None = None
@@ -140,8 +186,13 @@ class Results:
 
     def of(self, set_name: str, encoder: str, head: str, k: int) -> dict[int, Row]:
         """Seed → row of those that are there."""
-        keys = {seed: (set_name, encoder, head, k, self.grid.rule, seed) for seed in self.grid.seeds}
+        keys = {seed: (set_name, encoder, head, k, self.grid.rule, seed) for seed in self.grid.seeds_at(k)}
         return {seed: self._rows[key] for seed, key in keys.items() if key in self._rows}
+
+    def short_types(self, set_name: str, k: int) -> set[str]:
+        """The types that some sample of a set has fewer than k mentions of."""
+        rows = (row for row in self._rows.values() if (row["set"], row["k"]) == (set_name, k))
+        return {name for row in rows for name in row["short_types"]}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -155,11 +206,11 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # what was torn may end within a letter
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            row = json.loads(line)
-            lacking = [name for name in (*_KEY, "sample_hash", *METRICS, "per_type") if name not in row]
+            row = json.loads(line.decode())
+            lacking = [name for name in (*_KEY, *_VALUES) if name not in row]
         except (ValueError, TypeError) as error:
             raise NunerError(f"{path}:{number}: not a row ({error}): take the line away") from error
         if lacking:
@@ -177,19 +228,35 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         file.write(lines)
 
 
+def remove_rows(path: Path, unwanted: Callable[[Row], bool]) -> None:
+    """Takes rows out of a results file, wholly or not at all; raises as `read_rows`."""
+    rows = read_rows(path)
+    kept = [row for row in rows if not unwanted(row)]
+    if len(kept) < len(rows):
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"")
+        append_rows(partial, kept)
+        os.replace(partial, path)
+
+
 def summarise(results: Results) -> list[Cell]:
     """All that is printed of the results: every metric, encoder with head, set and k; scores, then differences."""
     grid, cells = results.grid, []
-    for metric, head, encoder, k in itertools.product(METRICS, grid.heads, grid.encoders, grid.k):
-        for minus in (None,) if encoder == grid.baseline or grid.baseline is None else (None, grid.baseline):
+    short = {(name, k): len(results.short_types(name, k)) for name in grid.sets for k in grid.k}
+    for metric, (encoder, head) in itertools.product((*METRICS, *FURTHER), grid.systems):
+        rival = grid.rival_of(encoder, head)
+        compared = [(k, None) for k in grid.k_of(encoder)]
+        compared += [(k, rival) for k in grid.k_of(encoder) if rival and k in grid.k_of(rival[0])]
+        for k, other in compared:
+            minus = other[0] if other else None
+            values = {name: _values(results, metric, name, (encoder, head), k, other) for name in grid.sets}
             key = {"metric": metric, "encoder": encoder, "head": head, "minus": minus, "k": k}
-            values = {name: _values(results, set_name=name, **key) for name in grid.sets}
-            cells += [
-                Cell(set=name, **key, expected=len(grid.seeds), **_over_seeds([*found.values()]))
-                for name, found in values.items()
-            ]
+            key["expected"] = len(grid.seeds_at(k))
+            for name, found in values.items():
+                cells.append(Cell(set=name, **key, short_types=short[name, k], **_over_seeds([*found.values()])))
             if len(grid.sets) > 1:
-                cells.append(Cell(set=None, **key, expected=len(grid.seeds), **_over_sets(values, grid.seeds)))
+                together = sum(short[name, k] for name in grid.sets)
+                cells.append(Cell(set=None, **key, short_types=together, **_over_sets(values, grid.seeds_at(k))))
     return cells
 
 
@@ -206,7 +273,7 @@ def interval(values_N: Sequence[float]) -> tuple[float, float] | None:
     if n < MIN_VALUES:
         return None
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n - 1))
-    low, high = np.quantile(values_N[_resamples(n)].mean(axis=1), [tail, 1 - tail])
+    low, high = np.quantile(_shares(n) @ values_N, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -219,13 +286,13 @@ def distinct_samples(results: Results) -> dict[tuple[str, int], int]:
 
 
 def _values(
-    results: Results, metric: str, set_name: str, encoder: str, head: str, k: int, minus: str | None
+    results: Results, metric: str, set_name: str, system: tuple[str, str], k: int, other: tuple[str, str] | None
 ) -> dict[int, float]:
     """Seed → score, or difference of two scores on the same sample."""
-    scores = {seed: row[metric] for seed, row in results.of(set_name, encoder, head, k).items()}
-    if minus is None:
+    scores = {seed: row[metric] for seed, row in results.of(set_name, *system, k).items()}
+    if other is None:
         return scores
-    others = results.of(set_name, minus, head, k)
+    others = results.of(set_name, *other, k)
     return {seed: score - others[seed][metric] for seed, score in scores.items() if seed in others}
 
 
@@ -248,8 +315,10 @@ def _over_sets(values: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) 
 
 
 @lru_cache(maxsize=16)
-def _resamples(n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
+def _shares(n: int) -> np.ndarray:
+    """What each of n values has in the mean of each resample: float64 [R, n]."""
+    drawn_RxN = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
+    return np.stack([np.count_nonzero(drawn_RxN == value, axis=1) for value in range(n)], axis=1) / n
 
 
 def _student_t(freedom: int) -> float:

@@ -7,7 +7,7 @@ anyone can draw them again and compare the hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,23 +61,27 @@ def pool_counts(pool: TaggedSet, rule: str) -> np.ndarray:
 def sample_sentences(counts_SxT: np.ndarray, k: int, seed: int, rule: str = "k~2k") -> Sample:
     """Draws sentences until every type has at least k mentions, none more than 2k (NuNER, section 4; Few-NERD).
 
-    The sentences come in a random order. Each is added, whether it has mentions or not, unless it would lift a
-    type beyond 2k, until every type has k of what the pool has. Where that cannot be reached, the sample ends with
-    the last sentence that brought a type nearer to k, so that it never fills up with the rest of the pool; those
-    that were skipped, bring a type nearer to k and fit now are then added in their order.
+    The sentences come in a random order, and each is added unless it would lift a type above 2k, until every type
+    has k of what the pool has. A sentence without a mention lifts none, so it is added like any other: a sample has
+    about the share of such sentences that the pool has, and they show heads what is outside. (Rules that draw for
+    one type after another, as those of Few-NERD's episodes, never take such a sentence.)
+
+    Where k cannot be reached, the sample ends with the last sentence that brought a type nearer to it, so that it
+    does not fill up with the rest of the pool; those that were skipped, bring a type nearer to k and fit now are then
+    added in their order.
 
     Args:
       counts_SxT: mentions of each type in each sentence of the pool, or their words for the rule kw.
-      k: at least 1.
+      k: 0 draws nothing.
       seed: not negative. The order is a pure function of (k, seed) and the size of the pool.
       rule: one of `RULES`; both draw alike, from other counts.
 
     Raises:
-      NunerError: the pool is empty or has no mention, k or seed is too small, or there is no such rule.
+      NunerError: the pool is empty or has no mention, k or seed is negative, or there is no such rule.
     """
     _check_rule(rule)
-    if k < 1 or seed < 0:
-        raise NunerError(f"k = {k}, seed = {seed}: k must be at least 1, and a seed not negative")
+    if k < 0 or seed < 0:
+        raise NunerError(f"k = {k}, seed = {seed}: neither may be negative")
     pool_T = counts_SxT.sum(axis=0)
     if not pool_T.any():
         raise NunerError(f"the pool of {len(counts_SxT):,} sentences has no mention: there is nothing to sample")
@@ -98,22 +102,40 @@ def hash_ids(ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, sorted(ids))).encode()).hexdigest()[:16]
 
 
-def shortages(sample: Sample, counts_SxT: np.ndarray, types: Sequence[str], k: int, rule: str = "k~2k") -> list[str]:
-    """What keeps a sample from k of every type, a line for each reason; none if nothing does."""
+def shortages(
+    samples: Mapping[tuple[int, int], Sample], counts_SxT: np.ndarray, types: Sequence[str], rule: str = "k~2k"
+) -> list[str]:
+    """What keeps samples of a pool from k of every type, a line for each reason; none if nothing does.
+
+    Args:
+      samples: by (k, seed).
+      counts_SxT: as for `sample_sentences`.
+      types: their names.
+      rule: that of the samples.
+    """
     pool_T, unit, lines = counts_SxT.sum(axis=0), RULES[rule], []
-    if sample.short:
-        names = ", ".join(f"{types[t]} {pool_T[t]}" for t in sample.short)
-        lines.append(
-            f"k = {k} is more than the pool has: of its {len(counts_SxT):,} sentences, {len(sample.ids):,} were taken;"
-            f" {len(sample.short)} of {len(types)} types have fewer {unit} in all of it ({names})"
-        )
-    if sample.blocked:
-        names = ", ".join(f"{types[t]} {sample.reached[t]}" for t in sample.blocked)
-        lines.append(
-            f"k = {k}: {len(sample.blocked)} of {len(types)} types got fewer {unit}, since every sentence left"
-            f" would lift a type beyond {2 * k} ({names})"
-        )
+    of_k: dict[int, dict[int, Sample]] = {}
+    for (k, seed), sample in samples.items():
+        of_k.setdefault(k, {})[seed] = sample
+    short = {k: next(iter(seeds.values())).short for k, seeds in of_k.items()}  # the pool's, so of every seed
+    if any(short.values()):
+        told = (f"k = {k}: {_counted(short[k], pool_T, types)}" for k in of_k if short[k])
+        where = f"in all {len(counts_SxT):,} sentences of the pool"
+        lines.append(f"k is larger than the number of {unit} of some types {where}: {'; '.join(told)}")
+    told = []
+    for k, seeds in of_k.items():
+        if blocked := [seed for seed, sample in seeds.items() if sample.blocked]:
+            sample = seeds[blocked[0]]
+            found = _counted(sample.blocked, sample.reached, types)
+            told.append(f"k = {k}: {len(blocked)} of {len(seeds)} samples, seed {blocked[0]} with {found}")
+    if told:
+        why = "as every sentence left would lift a type above 2k"
+        lines.append(f"samples with fewer than k {unit} of a type, {why}: {'; '.join(told)}")
     return lines
+
+
+def _counted(chosen: Sequence[int], count_T: Sequence[int], types: Sequence[str]) -> str:
+    return ", ".join(f"{types[t]} {count_T[t]}" for t in chosen)
 
 
 def _draw(order_S: np.ndarray, counts_SxT: np.ndarray, goal_T: np.ndarray, limit: int) -> np.ndarray:

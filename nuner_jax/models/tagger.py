@@ -111,7 +111,7 @@ class Tagger(nnx.Module):
         )
 
     def vectors(self, tokens_RxL, segments_RxL, positions_RxV, dropout_key: jax.Array | None = None) -> jax.Array:
-        """The vectors [R, V, D] of the words whose first sub-tokens stand at `positions_RxV`.
+        """The vectors [R, V, D] of the words whose first sub-tokens stand at `positions_RxV`; None: of every token.
 
         With every layer frozen the encoder is deterministic: what no gradient reaches needs no dropout.
         """
@@ -122,9 +122,11 @@ class Tagger(nnx.Module):
             dropout_key=None if self.frozen_layers == len(self.text.layers) else dropout_key,
             layers=self.hidden_layers,
         )
+        if positions_RxV is None:
+            return hidden_RxLxD
         return self.text.place(jnp.take_along_axis(hidden_RxLxD, positions_RxV[:, :, None], axis=1))
 
     def __call__(self, tokens_RxL, segments_RxL, positions_RxV, dropout_key: jax.Array | None = None) -> jax.Array:
-        """The scores [R, V, C] float32 of the words whose first sub-tokens stand at `positions_RxV`."""
+        """The scores [R, V, C] float32 of the words whose first sub-tokens stand at `positions_RxV`, or every token."""
         text_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         return self.head(self.vectors(tokens_RxL, segments_RxL, positions_RxV, text_key), head_key)

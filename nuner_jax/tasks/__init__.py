@@ -19,10 +19,11 @@ def make_task(config: ConfigDict, mesh: Mesh, say: Callable[[str], None] = lambd
     Raises:
       NunerError: an unknown task, or anything wrong with its data, weights or sizes.
     """
+    from nuner_jax.tasks.closed_set import ClosedSet
     from nuner_jax.tasks.pretrain import Pretrain
     from nuner_jax.tasks.tagging import Tagging
 
-    tasks = {"pretrain": Pretrain, "finetune": Tagging}
+    tasks = {"pretrain": Pretrain, "pretrain_classes": ClosedSet, "finetune": Tagging}
     if config.task not in tasks:
         raise NunerError(f"config.task: unknown {config.task!r}; choose one of {', '.join(tasks)}")
     return tasks[config.task](config, mesh, say)

@@ -298,6 +298,7 @@ class Pretrain(Task):
         yield "Next:"
         yield f"  launch/local.sh evaluate --checkpoint={workdir}"
         yield f"  launch/local.sh export --checkpoint={workdir} --out=my_encoder"
+        yield f"  launch/local.sh fewshot --config=configs/fewshot.py:{workdir},{workdir}@start"
         yield "  launch/local.sh data.build --input=YOUR_FILE --out=shards/yours"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,13 +20,14 @@ from ml_collections import ConfigDict
 
 from nuner_jax import pretrained, sharding, text_encoder
 from nuner_jax.data.ner import datasets
+from nuner_jax.data.ner.set_spec import resolve
 from nuner_jax.data.records import Record
 from nuner_jax.data.tagged import WordLoader
 from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
-from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.tagger import Tagger
+from nuner_jax.tasks import text_tower
 from nuner_jax.tasks.protocol import Evaluator, Task
 from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits
 
@@ -45,11 +46,11 @@ class Tagging(Task):
         self.best_is_lower = self.best_metric == "dev/loss"
         if config.eval.patience:
             self.patience = config.eval.patience * config.eval.every
-        self._check_platform()
+        text_tower.check_platform(config, mesh)
         self._encoder = text_encoder.find(config.model.text) if config.model.init == "pretrained" else None
-        self.text_config = self._text_config()
-        self.tokenizer = self._load_tokenizer()
-        self.data = _load(config.data.set.to_dict())
+        self.text_config = text_tower.encoder_config(config.model, self._encoder)
+        self.tokenizer = text_tower.load_tokenizer(config.model, self._encoder)
+        self.data = _load(config.data)
         for line in datasets.report_table(self.data.report).splitlines():
             say(line)
         self.types = sorted({*self.data.types, *(one.concept for record in self.data.dev for one in record.entities)})
@@ -59,49 +60,18 @@ class Tagging(Task):
         self.splits = {name: self._split(records) for name, records in splits.items() if records}
         for name, split in self.splits.items():
             say(f"{name}: {split.describe()}")
+        for line in _unlearnt(splits):
+            say(line)
         if "dev" not in self.splits and self.patience:
             raise NunerError(
                 f"config.eval.patience needs a dev split, and {self.data.name} has none: name one in "
-                'config.data.set.dev, or a share of the train split, such as "0.1"'
+                "config.data.set.dev, or a share of the train texts in config.data.dev_share"
             )
         rows = config.data.rows // config.optim.accumulate
         self.loader = self._loader("train", rows=rows, seed=config.seed)
         self.batch_rows = dict.fromkeys(("tokens", "segments", "positions", "labels"), rows)
         self.steps_per_epoch = self.loader.packing.batches_per_epoch / config.optim.accumulate
         self._weight_C = _class_weights(self.splits["train"].labels_W, len(self.scheme.type_C), config.loss.balance)
-
-    def _check_platform(self) -> None:
-        """Rows are split evenly over the devices, and the attention exists here; else the key is named."""
-        config, parts = self._config, sharding.batch_devices(self._mesh)
-        if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-            raise NunerError(
-                f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
-            )
-        rows = {
-            "config.data.rows / config.optim.accumulate": config.data.rows / config.optim.accumulate,
-            "config.eval.rows": config.eval.rows,
-        }
-        for name, number in rows.items():
-            if number < 1 or number % parts:
-                raise NunerError(
-                    f"{name} = {number:g} cannot be split over the {parts} devices of the mesh's axes "
-                    f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
-                )
-
-    def _text_config(self) -> EncoderConfig:
-        model = self._config.model
-        config = self._encoder.config if self._encoder else EncoderConfig.from_hf(model.encoder.to_dict())
-        return dataclasses.replace(config, dropout=model.dropout)
-
-    def _load_tokenizer(self):
-        name = self._config.model.tokenizer
-        if self._encoder and not name:
-            return self._encoder.load_tokenizer()
-        if not name:
-            raise NunerError("config.model.tokenizer is not set: an encoder from scratch has none of its own")
-        tokenizer = pretrained.load_tokenizer(pretrained.resolve(name, pretrained.TOKENIZER_FILES))
-        pretrained.check_tokenizer(tokenizer, self.text_config)
-        return tokenizer
 
     def _tagger(self, rngs: nnx.Rngs) -> Tagger:
         model, head = self._config.model, self._config.head
@@ -180,18 +150,13 @@ class Tagging(Task):
         """The bottom of the encoder, and what standardises its vectors."""
         if path.startswith("head/"):
             return path.startswith("head/standard/")
-        return self._frozen_layers > 0 and self._depth(path) <= self._frozen_layers
+        return self._frozen_layers > 0 and text_tower.depth(path) <= self._frozen_layers
 
     def learning_rate_share(self, path: str) -> float:
         """That of the head, and of the encoder from the top layer down to the embeddings."""
         if path.startswith("head/"):
             return self._config.optim.head_factor
-        return self._config.optim.layer_decay ** (self.text_config.num_layers + 1 - self._depth(path))
-
-    def _depth(self, path: str) -> int:
-        """Of a parameter of the encoder: 0 in the embeddings, n in the n-th layer."""
-        _, part, number = path.split("/")[:3]
-        return 0 if part == "embeddings" else int(number) + 1
+        return self._config.optim.layer_decay ** (self.text_config.num_layers + 1 - text_tower.depth(path))
 
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """The weighted cross-entropy of the words, and what the batch held."""
@@ -312,12 +277,18 @@ class Tagging(Task):
             yield "There was no dev split, so this is the last checkpoint, and nothing was chosen."
 
 
-def _load(given: dict) -> datasets.TaggedSet:
-    """The data set of `config.data.set`."""
+def _load(data: ConfigDict) -> datasets.TaggedSet:
+    """The data set of `config.data.set`, with a share of its train split as the dev split if it has none."""
+    given = data.set.to_dict()
+    given |= {split: _share(given[split]) for split in ("test", "dev")}
     try:
-        return datasets.load(given | {split: _share(given[split]) for split in ("test", "dev")})
+        if data.dev_share and not resolve(given).dev:
+            given["dev"] = data.dev_share
+        return datasets.load(given)
     except NunerError as error:  # which names the keys as few-shot configs do, that have several sets
-        raise NunerError(str(error).replace(f"config.sets.{given['name']}", "config.data.set")) from error
+        said = str(error).replace(f"config.sets.{given['name']}", "config.data.set")
+        said = said.replace(f"config.data.set.dev = {data.dev_share}", f"config.data.dev_share = {data.dev_share}")
+        raise NunerError(said) from error
 
 
 def _share(split: str | None) -> str | float | None:
@@ -326,6 +297,21 @@ def _share(split: str | None) -> str | float | None:
         return float(split)
     except (TypeError, ValueError):
         return split
+
+
+def _unlearnt(splits: Mapping[str, Sequence[Record]]) -> Iterator[str]:
+    """Says which types of dev and test the training sentences lack, and how many mentions that costs."""
+    mentions = {
+        name: Counter(one.concept for record in split for one in record.entities) for name, split in splits.items()
+    }
+    for name in ("dev", "test"):
+        lost = {kind: count for kind, count in sorted(mentions[name].items()) if kind not in mentions["train"]}
+        if lost:
+            shown = ", ".join(f"{kind} ({count:,})" for kind, count in lost.items())
+            yield (
+                f"{name}: {sum(lost.values()):,} of {mentions[name].total():,} mentions are of types that no training "
+                f"sentence has, and cannot be found: {shown}"
+            )
 
 
 def _class_weights(labels_W: np.ndarray, classes: int, balance: float) -> np.ndarray:

@@ -6,7 +6,7 @@ from nuner_jax.config import SAMPLE_TOKENIZER, finetune
 def get_config():
     config = finetune()
     config.steps, config.lr, config.optim.schedule, config.optim.warmup = 6, 2e-3, "constant", 0.0
-    config.data.set.dev = "0.1"
+    config.data.dev_share = 0.1
     config.data.sentences = tuple(range(16))
     config.data.rows = 8
     config.data.row_length = 64

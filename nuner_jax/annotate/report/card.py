@@ -6,17 +6,14 @@ The card has the form of the Hugging Face Hub: YAML with the Hub's names, then M
 from __future__ import annotations
 
 import json
-import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from ml_collections import ConfigDict
 
-import nuner_jax
 from nuner_jax.annotate.alignment import share
 from nuner_jax.annotate.journal.journal import Totals
 from nuner_jax.annotate.money import Prices, dollars
@@ -28,10 +25,11 @@ from nuner_jax.annotate.report.accounts import (
     unit_rows,
     words,
 )
+from nuner_jax.workdir import versions
 
 CARD_FILE = "DATA_CARD.md"
 Pairs = list[tuple[str, str]]  # what, and what about it
-_LIBRARIES = ("openai", "sentencex", "datasketch", "inflect", "tensorflow-datasets", "array_record")
+LIBRARIES = ("openai", "sentencex", "datasketch", "inflect", "tensorflow-datasets", "array_record")
 _POWERS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")  # the Hub's bounds of sizes, from a thousand on
 
 
@@ -104,17 +102,6 @@ def money(facts: Facts) -> Pairs:
     ]
 
 
-def versions() -> Pairs:
-    """The program and the libraries whose release may change a result; those that are not installed are left out."""
-    found = [("Python", platform.python_version()), ("nuner_jax", nuner_jax.__version__)]
-    for name in _LIBRARIES:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def data_card(facts: Facts, top_concepts: Sequence[tuple[str, int]]) -> str:
     """The data card as Markdown.
 
@@ -163,7 +150,7 @@ To be filled in by whoever publishes:
 
 {_LOADING}
 ## Made with
-{_table(versions())}"""
+{_table(list(versions(LIBRARIES).items()))}"""
 
 
 _LOADING = """\

@@ -8,11 +8,8 @@ WORKDIR/report/*.png          the figures of the page
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +24,12 @@ from nuner_jax.annotate.journal.journal import Journal
 from nuner_jax.annotate.report.accounts import Row, line_rows, mention_notes, selection_rows, unit_rows, words
 from nuner_jax.annotate.report.card import (
     CARD_FILE,
+    LIBRARIES,
     Facts,
     Pairs,
     data_card,
     making,
     money,
-    versions,
     without_credentials,
 )
 from nuner_jax.annotate.report.figures import draw_all
@@ -49,6 +46,8 @@ from nuner_jax.annotate.workdir import (
 )
 from nuner_jax.data.importers.report import kind_lines
 from nuner_jax.folders import writing
+from nuner_jax.webpage import Html, bullets, document, folded, image, marked, table
+from nuner_jax.workdir import command, versions
 
 PAGE_FILE = "index.html"
 CONCEPTS_FILE = "concepts.csv"
@@ -56,12 +55,6 @@ TOP_CONCEPTS = 50
 EXAMPLES = 3  # of a concept, and of a reason for rejecting lines
 _CONTEXT = 60  # characters on either side of a mention
 _LINE = 200  # characters of a rejected line
-
-
-class Html(str):
-    """What stands in the page as it is; every other string is escaped."""
-
-    __slots__ = ()
 
 
 @dataclass
@@ -128,7 +121,7 @@ def concept_examples(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) ->
             if seen is None or len(seen) == EXAMPLES:
                 continue
             text, start, end = row["text"], entity["start"], entity["end"]
-            seen.setdefault(text[start:end].lower(), _marked(text, start, end))
+            seen.setdefault(text[start:end].lower(), marked(text, start, end, _CONTEXT))
             missing -= len(seen) == EXAMPLES
     return {name: list(seen.values()) for name, seen in found.items()}
 
@@ -164,8 +157,8 @@ def page(
     """The page: a whole HTML document."""
     records = facts.counts["records"]
     title = f"{records['records']:,} texts annotated by a language model"
-    images = Html("".join(_image(path) for path in figures))
-    settings = _table(("key", "value"), _leaves(facts.config))
+    images = Html("".join(image(path, words(path.stem)) for path in figures))
+    settings = table(("key", "value"), _leaves(facts.config))
     sections = [
         ("What it is", _pairs(making(facts))),
         *_prompt(facts),
@@ -174,49 +167,17 @@ def page(
         ("Lines of the completions", _lines(facts.counts, rejected)),
         ("Figures", images),
         ("Most frequent concepts", _concepts(concepts, examples)),
-        ("Versions and command", Html(_pairs(versions()) + f"<pre>{escape(facts.command)}</pre>")),
-        ("Settings", Html(f"<details><summary>All keys of the config</summary>{settings}</details>")),
+        (
+            "Versions and command",
+            Html(_pairs(list(versions(LIBRARIES).items())) + f"<pre>{escape(facts.command)}</pre>"),
+        ),
+        ("Settings", folded("All keys of the config", settings)),
     ]
     lead = (
         f"{records['entities']:,} mentions of {records['concepts']:,} concepts, "
         f"{records['singletons']:,} of them mentioned once."
     )
-    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{content}</section>" for name, content in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-<p>{escape(lead)}</p>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-_STYLE = """
-body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d5dae0; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e8ebef; }
-td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-pre { white-space: pre-wrap; background: #f4f6f8; padding: .8rem; }
-code { font-size: .9em; background: #f4f6f8; overflow-wrap: anywhere; }
-mark { background: #ffe49a; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-"""
+    return document(title, lead, sections)
 
 
 def _facts(config: ConfigDict, workdir: Path) -> Facts:
@@ -231,7 +192,7 @@ def _facts(config: ConfigDict, workdir: Path) -> Facts:
             totals=journal.totals(),
             failures=journal.failures(),
             faults=journal.faults(),
-            command=without_credentials(shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])),
+            command=without_credentials(command()),
         )
 
 
@@ -244,13 +205,13 @@ def _prompt(facts: Facts) -> list[tuple[str, Html]]:
 
 def _units(facts: Facts) -> Html:
     """What became of the units: in the selection, then with the endpoint, then in alignment."""
-    malformed = "".join(f"<li>{escape(line)}</li>" for line in kind_lines(facts.selection["malformed"], places=3))
+    malformed = bullets(kind_lines(facts.selection["malformed"], places=3)) if facts.selection["malformed"] else ""
     parts = [
         Html("<h3>Selection</h3>"),
-        _table(("what", "#number", "#share", "meaning"), map(_cells, selection_rows(facts.selection["counts"]))),
-        Html(f"<p>Malformed rows, with the first places:</p><ul>{malformed}</ul>" if malformed else ""),
+        table(("what", "#number", "#share", "meaning"), map(_cells, selection_rows(facts.selection["counts"]))),
+        Html(f"<p>Malformed rows, with the first places:</p>{malformed}" if malformed else ""),
         Html("<h3>Outcome</h3>"),
-        _table(("outcome", "#units", "#share", "meaning"), map(_cells, unit_rows(facts.counts))),
+        table(("outcome", "#units", "#share", "meaning"), map(_cells, unit_rows(facts.counts))),
         *_reasons("Failed units, by reason", "#units", facts.failures),
         *_reasons("Attempts that gave no answer, by reason", "#attempts", facts.faults),
     ]
@@ -263,9 +224,9 @@ def _lines(counts: Mapping[str, Any], rejected: Mapping[str, Sequence[str]]) -> 
     for row in line_rows(counts):
         lines = rejected.get(row.key, ()) if row.kind == "lost" else ()
         rows.append((*_cells(row), Html("<br>".join(f"<code>{escape(line)}</code>" for line in lines))))
-    table = _table(("outcome", "#lines", "#share", "meaning", "examples"), rows)
+    shown = table(("outcome", "#lines", "#share", "meaning", "examples"), rows)
     notes = f"Every rejected line is in {REJECTED_FILE}, every completion in {JOURNAL_FILE}."
-    return Html(f"{table}<p>{escape(' '.join([*mention_notes(counts), notes]))}</p>")
+    return Html(f"{shown}<p>{escape(' '.join([*mention_notes(counts), notes]))}</p>")
 
 
 def _cells(row: Row) -> tuple[str, int, str, str]:
@@ -276,20 +237,20 @@ def _concepts(concepts: Concepts, examples: Mapping[str, Sequence[Html]]) -> Htm
     """The table of the most frequent ones; with what the annotator called them, where that is something else."""
     rows = [(name, concepts.mentions[name], Html("<br>".join(shown))) for name, shown in examples.items()]
     if not concepts.other_names:
-        return _table(("concept", "#mentions", "examples"), rows)
+        return table(("concept", "#mentions", "examples"), rows)
     merged = []
     for name, count, shown in rows:
         raw = concepts.raw_names(name) if name in concepts.other_names else {}
         written = ", ".join(f"{one} ({times:,})" for one, times in raw.items())
         merged.append((name, count, written, shown))
-    return _table(("concept", "#mentions", "written also as", "examples"), merged)
+    return table(("concept", "#mentions", "written also as", "examples"), merged)
 
 
 def _reasons(title: str, what: str, counts: Mapping[str, int]) -> list[str]:
     if not counts:
         return []
     rows = [(words(reason), count) for reason, count in counts.items()]
-    return [Html(f"<h3>{escape(title)}</h3>"), _table(("reason", what), rows)]
+    return [Html(f"<h3>{escape(title)}</h3>"), table(("reason", what), rows)]
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -300,35 +261,5 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", without_credentials(str(value))
 
 
-def _marked(text: str, start: int, end: int) -> Html:
-    """A mention, marked, with some of the text around it."""
-    before, after = text[max(0, start - _CONTEXT) : start], text[end : end + _CONTEXT]
-    left = "…" if start > _CONTEXT else ""
-    right = "…" if end + _CONTEXT < len(text) else ""
-    return Html(f"{left}{escape(before)}<mark>{escape(text[start:end])}</mark>{escape(after)}{right}")
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(words(path.stem))}" src="data:image/png;base64,{data}">\n'
-
-
 def _pairs(rows: Pairs) -> Html:
-    return _table((), rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table; a column whose head begins with # holds numbers."""
-    numbers = [name.startswith("#") for name in head]
-    heads = "".join(_cell("th", name.lstrip("#"), is_number) for name, is_number in zip(head, numbers, strict=True))
-    lines = [f"<thead><tr>{heads}</tr></thead>"] if head else []
-    for row in rows:
-        kinds = numbers or [False] * len(row)
-        cells = (_cell("td", value, is_number) for value, is_number in zip(row, kinds, strict=True))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return Html('<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>\n")
-
-
-def _cell(tag: str, value: Any, is_number: bool) -> str:
-    content = value if isinstance(value, Html) else escape(f"{value:,}" if isinstance(value, int) else value)
-    return f'<{tag} class="number">{content}</{tag}>' if is_number else f"<{tag}>{content}</{tag}>"
+    return table((), rows)

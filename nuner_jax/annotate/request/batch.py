@@ -159,7 +159,7 @@ class _Run:
         limits = self._config.batch
         budget = money.Budget.make(self._config, self._journal.totals())
         requests, size = [], 0
-        for units in groups(self._journal, self._config.prompt.units_per_request, most):
+        for units in groups(self._journal, self._prompt.units_per_request, most):
             body = body_for(self._config, self._prompt, units)
             line = len(_line("", body)) + _NAME_BYTES
             if line > limits.bytes:

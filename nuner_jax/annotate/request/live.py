@@ -129,7 +129,7 @@ class _Run:
     # --- The workers ---------------------------------------------------------------------------
 
     def _works(self, most: int | None) -> Iterator[Work]:
-        size = 1 if self._free else self._config.prompt.units_per_request
+        size = 1 if self._free else self._prompt.units_per_request
         return map(Work, groups(self._journal, size, most))
 
     async def _ask_for(self, works: Iterator[Work]) -> None:

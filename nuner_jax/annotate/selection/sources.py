@@ -22,13 +22,12 @@ from nuner_jax.data.importers import SAMPLE
 from nuner_jax.data.importers.report import Tally, kind_lines
 from nuner_jax.data.importers.rows import MalformedRow, NumberedRow, first_line, read_rows, suffix, text_lines
 from nuner_jax.data.importers.stream import SAMPLE_FILE
+from nuner_jax.data.importers.tfds_rows import TFDS_PREFIX, TfdsSplit
 from nuner_jax.errors import NunerError
 
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_TFDS_NAME = re.compile(r"tfds:(?P<name>[^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?)(?::(?P<split>.+))?")
 _HUB_NAME = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 _SNIFFED_CHARS = 1 << 16  # in which a binary file shows a NUL
-_TFDS_BATCH = 1024  # rows in one read
 
 Text = tuple[str, str | MalformedRow]  # (place as "file:line", text or why there is none)
 
@@ -98,13 +97,12 @@ def no_text(name: str, malformed: Tally) -> NunerError:
 def _resolve_one(entry: str, source: ConfigDict) -> Source:
     if entry == SAMPLE:
         return Source(entry, (SAMPLE_FILE,), functools.partial(_row_file, SAMPLE_FILE, "text"))
-    if entry.startswith("tfds:"):
-        match = _TFDS_NAME.fullmatch(entry)
-        if not match:
-            raise NunerError(f"config.source.paths: {entry}: a TFDS data set is tfds:NAME_OR_FOLDER[:SPLIT]")
-        return Source(
-            entry, (), functools.partial(_tfds, entry, match["name"], match["split"] or "train", source.field)
-        )
+    if entry.startswith(TFDS_PREFIX):
+        try:
+            split = TfdsSplit.parse(entry)
+        except NunerError as error:
+            raise NunerError(f"config.source.paths: {error}") from error
+        return Source(entry, (), functools.partial(_tfds, split, source.field))
     if entry.startswith("hf:"):
         match = _HUB_NAME.fullmatch(entry)
         if not match:
@@ -236,54 +234,8 @@ def _file_identity(path: Path) -> dict[str, Any]:
 # --- TFDS and the Hugging Face hub -------------------------------------------------------------
 
 
-def _tfds(entry: str, name: str, split: str, field: str) -> Iterator[Text]:
-    """Opens a prepared TFDS data set in a format of random access, which needs no TensorFlow."""
-    builder = _tfds_builder(entry, name)
-    try:
-        rows = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise NunerError(
-            f"{entry}: is prepared as {builder.info.file_format.value}, which only TensorFlow reads; prepare it with "
-            f"`tfds build {builder.name} --file_format=array_record --data_dir=ANOTHER_FOLDER` and name its folder"
-        ) from error
-    except ValueError as error:
-        known = ", ".join(builder.info.splits)
-        raise NunerError(f"{entry}: has no split {split!r}; it has: {known}") from error
-    return _row_texts(_tfds_rows(entry, rows), field, entry, entry)
-
-
-def _tfds_builder(entry: str, name: str) -> Any:
-    """The builder of a folder, or of a name that is looked up in TFDS's data folders; its code is not needed."""
-    import tensorflow_datasets as tfds
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith(("/", ".", "~")):
-            raise NunerError(f"{entry}: no such folder")
-        try:
-            return tfds.core.read_only_builder.builder_from_files(name)
-        except Exception as error:  # it has many for what amounts to one
-            raise NunerError(
-                f"{entry}: TFDS has no prepared data set {name!r} in {tfds.core.constants.DATA_DIR} (TFDS_DATA_DIR "
-                f"names another folder); prepare it once with `tfds build {name} --file_format=array_record`, or give "
-                "its folder"
-            ) from error
-    versions = sorted(path.parent for path in folder.rglob("dataset_info.json"))
-    if len(versions) != 1:
-        found = (
-            f"holds several, name one of: {', '.join(map(str, versions))}" if versions else "holds no data set of TFDS"
-        )
-        raise NunerError(f"{entry}: {found}")
-    return tfds.builder_from_directory(versions[0])
-
-
-def _tfds_rows(entry: str, rows: Any) -> Iterator[NumberedRow]:
-    for start in range(0, len(rows), _TFDS_BATCH):
-        try:
-            batch = rows.__getitems__(list(range(start, min(start + _TFDS_BATCH, len(rows)))))
-        except (RuntimeError, OSError) as error:  # array_record's word for a missing or damaged file
-            raise NunerError(f"{entry}: cannot be read after row {start} ({_first_line(error)})") from error
-        yield from enumerate(batch, start=start + 1)
+def _tfds(split: TfdsSplit, field: str) -> Iterator[Text]:
+    return _row_texts(split.rows(), field, split.entry, split.entry)
 
 
 def _hub(entry: str, name: str, config: str | None, split: str, field: str) -> Iterator[Text]:

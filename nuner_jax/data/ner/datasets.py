@@ -1,8 +1,8 @@
 """Data sets of named entities with stated splits.
 
-A set is given by its files, by a folder, by `hf:` names, or by a name of named_sets.py; `SetSpec` says how. Nothing
-is silent: a missing test split is an error, what had to be repaired is counted with its places, and the report says
-what every split holds and how the splits overlap. A text without entities stays: it shows what is outside.
+A set is given by its files, by a folder, by `hf:` or `tfds:` names, or by a name of named_sets.py; `SetSpec` says
+how. Nothing is silent: a missing test split is an error, what had to be repaired is counted with its places, and the
+report says what every split holds and how the splits overlap. A text without entities stays: it shows what is outside.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuner_jax.data.importers.formats import ParsedRow, detect_row_format
+from nuner_jax.data.importers.formats import ParsedRow, detect_row_format, parse_row
 from nuner_jax.data.importers.report import Tally, kind_lines
-from nuner_jax.data.importers.rows import MalformedRow, first_line, read_rows, suffix
-from nuner_jax.data.importers.stream import read_file
+from nuner_jax.data.importers.rows import MalformedRow, first_line, suffix
+from nuner_jax.data.importers.tfds_rows import TfdsSplit
 from nuner_jax.data.ner.set_report import contents, overlaps, report_table
 from nuner_jax.data.ner.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
-from nuner_jax.data.ner.tagged_files import TagLayout, read_columns, read_tokens
+from nuner_jax.data.ner.tagged_files import TagLayout, name_of, open_rows, read_columns, read_tokens
 from nuner_jax.data.ner.words import flat, label_words, word_spans
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
@@ -79,7 +79,7 @@ def load(given: Mapping[str, Any]) -> TaggedSet:
         fingerprint=fingerprint,
         report={
             "name": spec.name,
-            "version": spec.version,
+            "version": spec.version or ", ".join(dict.fromkeys(name for one in read.values() for name in one.versions)),
             "fingerprint": fingerprint,
             "words": "space" if split_on_space else "text",
             "shares": shares,
@@ -98,16 +98,19 @@ class _SplitReader:
         self.records: list[Record] = []
         self.formats: dict[str, None] = {}  # in order
         self.schemes: dict[str, None] = {}
+        self.versions: dict[str, None] = {}  # that the data themselves tell
         self.paths: list[str] = []
         self.repaired, self.malformed, self.bad_annotations = Tally(), Tally(), Tally()
         self.empty = self.overlapping = 0
 
-    def read(self, paths: Sequence[Path]) -> _SplitReader:
-        """Reads the files in order; raises `NunerError`, after the last one, for what the spec refuses."""
-        for path in paths:
-            self.paths.append(str(path))
-            for number, row in self._rows(path):
-                self._add(row, f"{path.name}:{number}")
+    def read(self, sources: Sequence[Path | TfdsSplit]) -> _SplitReader:
+        """Reads all in order; raises `NunerError`, after the last one, for what the spec refuses."""
+        for source in sources:
+            self.paths.append(str(source))
+            if isinstance(source, TfdsSplit):
+                self.versions[source.builder.info.full_name] = None
+            for number, row in self._rows(source):
+                self._add(row, f"{name_of(source)}:{number}")
         self._refuse()
         return self
 
@@ -124,13 +127,15 @@ class _SplitReader:
             "overlapping_mentions": self.overlapping,
         }
 
-    def _rows(self, path: Path) -> Rows:
-        name = _format(path) if self.spec.format == "auto" else self.spec.format
+    def _rows(self, source: Path | TfdsSplit) -> Rows:
+        name = _format(source) if self.spec.format == "auto" else self.spec.format
         self.formats[name] = None
         if name not in ("conll", "tokens"):
-            return read_file(path, name)
+            return _parsed(source, name)
+        if name == "conll" and isinstance(source, TfdsSplit):
+            raise NunerError(f'{self.spec.key("format")} = "conll": {source} has rows, not lines')
         read_tagged = read_columns if name == "conll" else read_tokens
-        scheme, rows = read_tagged(path, self.layout, self.repaired)
+        scheme, rows = read_tagged(source, self.layout, self.repaired)
         self.schemes[scheme] = None
         return rows
 
@@ -163,21 +168,33 @@ class _SplitReader:
                 )
 
 
-def _format(path: Path) -> str:
-    """The format of a file, from its extension and its first readable row."""
-    if suffix(path) not in _ROW_SUFFIXES and not first_line(path).startswith(('{"', "[{")):
+def _format(source: Path | TfdsSplit) -> str:
+    """The format of a source, from its extension and its first readable row."""
+    if isinstance(source, Path) and suffix(source) not in _ROW_SUFFIXES and not _begins_as_rows(source):
         return "conll"
-    for number, row in read_rows(path):
+    for number, row in open_rows(source):
         if isinstance(row, MalformedRow):
             continue
         name = detect_row_format(row) or ("tokens" if "tokens" in row else None)
         if name in FORMATS:
             return name
         raise NunerError(
-            f"{path}:{number}: a row with the keys {', '.join(map(repr, row))} does not say where each mention stands;"
-            f" the formats that do are {', '.join(FORMATS)}"
+            f"{source}:{number}: a row with the keys {', '.join(map(repr, row))} does not say where each mention"
+            f" stands; the formats that do are {', '.join(FORMATS)}"
         )
-    raise NunerError(f"{path}: has no readable row")
+    raise NunerError(f"{source}: has no readable row")
+
+
+def _begins_as_rows(path: Path) -> bool:
+    return first_line(path).startswith(('{"', "[{"))
+
+
+def _parsed(source: Path | TfdsSplit, name: str) -> Rows:
+    for number, row in open_rows(source):
+        try:
+            yield number, row if isinstance(row, MalformedRow) else parse_row(row, name)
+        except MalformedRow as error:
+            yield number, error
 
 
 def _is_unicode(row: ParsedRow) -> bool:

@@ -2,6 +2,10 @@
 
 An entry is what a user would otherwise write into a config: keys of `datasets.SetSpec`. Where a public set has
 several versions, the entry says which one it means.
+
+Names and files on the hub are as its public pages and the loaders published with the sets have them (the folders in
+the conversion of eriktks/conll2003 are inferred from the form of others); no test fetches them. Where one has moved,
+the error tells what is there, and `train`, `test` and `dev` in a config take its place.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     for where, count in report["duplicate_sentences"].items():
         lines += [f"  duplicate sentences {where}: {count:,}"] if count else []
     for key, name in (
-        ("types_only_in_test", "types in test that train lacks, scored all the same"),
+        ("types_only_in_test", "types in test that train lacks, which count with F1 0"),
         ("types_only_in_train", "types in train that test lacks, not scored"),
         ("types_only_in_dev", "types in dev alone"),
     ):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nuner_jax.data.importers.hub import HUB_PREFIX, fetch
+from nuner_jax.data.importers.tfds_rows import TFDS_PREFIX, TfdsSplit
 from nuner_jax.data.ner.named_sets import ANY_FOLDER, NAMED
 from nuner_jax.data.ner.tagged_files import TagLayout
 from nuner_jax.errors import NunerError
 
 SPLITS = ("train", "test", "dev")
+SHARED = ("test", "dev")  # those that may be a share of train
 FORMATS = ("conll", "tokens", "gliner", "spans")  # those that say where each mention stands
 CHOICES = {
     "format": ("auto", *FORMATS),
@@ -30,8 +32,9 @@ class SetSpec:
     """What stands under `config.sets.NAME`.
 
     name: what tables call the set. set: its name in named_sets.py; "": the same.
-    train, test, dev: a file, `hf:org/data_set[@revision]:part[/split]`, or several of them. test and dev may be
-      shares of the train file, told by the hash of each text; dev may be missing.
+    train, test, dev: a file, `hf:org/data_set[@revision]:part[/split]`, `tfds:NAME_OR_FOLDER[:SPLIT]` (by default
+      train, test and validation), or several of them. test and dev may be shares of the train file, told by the hash
+      of each text; dev may be missing.
     path: in their place, a folder with the files of the splits.
     format: one of `FORMATS`; "auto": told from each file.
     word_column, tag_column, comment, tag_key: as in `TagLayout`. labels: the tags of the numbers 0, 1, …, or a JSON
@@ -65,7 +68,7 @@ class SetSpec:
 
     def shares(self) -> dict[str, float]:
         """The splits that are a share of the train file."""
-        return {split: float(value) for split in ("test", "dev") if _is_share(value := getattr(self, split))}
+        return {split: float(value) for split in SHARED if _is_share(value := getattr(self, split))}
 
 
 def resolve(given: Mapping[str, Any]) -> SetSpec:
@@ -102,8 +105,8 @@ def resolve(given: Mapping[str, Any]) -> SetSpec:
     return SetSpec(**{**found, **keys})
 
 
-def split_files(spec: SetSpec) -> dict[str, list[Path]]:
-    """The local files of each split, fetched where they are on the hub; none for a split that is a share or missing.
+def split_files(spec: SetSpec) -> dict[str, list[Path | TfdsSplit]]:
+    """The sources of each split, fetched where they are on the hub; none for a split that is a share or missing.
 
     Raises:
       NunerError: a file is missing or cannot be fetched, or there is no test split of its own.
@@ -116,14 +119,16 @@ def split_files(spec: SetSpec) -> dict[str, list[Path]]:
         )
     if shares and not (min(shares.values()) > 0 and sum(shares.values()) < 1):
         raise NunerError(
-            f"{spec.key('test')} = {spec.test}, dev = {spec.dev}: shares are above 0, and below 1 together"
+            f"{spec.key('test')} = {spec.test!r}, dev = {spec.dev!r}: shares are above 0, and below 1 together"
         )
     files = {
-        split: [] if split in shares else [path for name in _names(getattr(spec, split)) for path in _fetch(spec, name)]
+        split: []
+        if split in shares
+        else [one for name in _names(getattr(spec, split)) for one in _open(spec, name, split)]
         for split in SPLITS
     }
     for split, other in (("test", "train"), ("dev", "train"), ("dev", "test")):
-        if same := {path.resolve() for path in files[split]} & {path.resolve() for path in files[other]}:
+        if same := {*map(_identity, files[split])} & {*map(_identity, files[other])}:
             raise NunerError(
                 f"{spec.key(split)}: {min(same)} is the {other} split too; name another file"
                 + ("" if other == "test" else f', or a share of it, as in "{split}": 0.5')
@@ -161,14 +166,36 @@ def _check(keys: Mapping[str, Any]) -> None:
             raise NunerError(f"config.sets.{name}.{key} = {value!r}: choose one of {choices}")
         if key in ("word_column", "tag_column") and not isinstance(value, int):
             raise NunerError(f"config.sets.{name}.{key} = {value!r}: a column is a whole number, from 0")
+        if key in ("train", "test", "dev", "labels") and not (_is_names(value) or key in SHARED and _is_share(value)):
+            what = (
+                "tags, or a file of them"
+                if key == "labels"
+                else "a file, or several" + ", or a share" * (key in SHARED)
+            )
+            raise NunerError(f"config.sets.{name}.{key} = {value!r}: {what}")
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or isinstance(value, tuple) and all(isinstance(one, str) for one in value)
 
 
 def _names(value: _Files) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else tuple(value)
+
+
+def _open(spec: SetSpec, name: str, split: str) -> list[Path] | list[TfdsSplit]:
+    """The sources of one name."""
+    if name.startswith(TFDS_PREFIX):
+        return [TfdsSplit.parse(name, "validation" if split == "dev" else split)]
+    return _fetch(spec, name)
+
+
+def _identity(source: Path | TfdsSplit) -> str:
+    return f"{TFDS_PREFIX}{source.name}:{source.split}" if isinstance(source, TfdsSplit) else str(source.resolve())
 
 
 def _fetch(spec: SetSpec, name: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Files in which every word has a tag: CoNLL columns, and rows of `tokens` with a list of tags.
+"""Data in which every word has a tag: CoNLL columns, and rows of `tokens` with a list of tags.
 
 The scheme (IOB1, IOB2, BIOES, BILOU or IO) is told from all tags of a file, since a single sentence may fit
 several. Decoding is that of `data/importers/conll.py`, which is the same for all of them; the scheme tells which
@@ -19,7 +19,8 @@ from nuner_jax.data.align import concept_name
 from nuner_jax.data.importers.conll import read_sentences, split_cells, tag_spans
 from nuner_jax.data.importers.formats import ParsedRow, word_starts
 from nuner_jax.data.importers.report import Tally
-from nuner_jax.data.importers.rows import MalformedRow, read_rows, suffix
+from nuner_jax.data.importers.rows import MalformedRow, NumberedRow, read_rows, suffix
+from nuner_jax.data.importers.tfds_rows import TfdsSplit
 from nuner_jax.data.records import Entity
 from nuner_jax.errors import NunerError
 
@@ -72,8 +73,22 @@ def read_columns(path: Path, layout: TagLayout, invalid: Tally) -> tuple[str, Ro
     return _decoded(path, list(_columns(path, layout)), invalid)
 
 
-def read_tokens(path: Path, layout: TagLayout, invalid: Tally) -> tuple[str, Rows]:
-    """Reads rows (JSONL, JSON or parquet) with `tokens` and a list of tags, or of their numbers, under `tag_key`.
+def open_rows(source: Path | TfdsSplit) -> Iterator[NumberedRow]:
+    """The rows of a file (JSONL, JSON, CSV or parquet) or of a TFDS data set, as JSON would hold them.
+
+    Raises:
+      NunerError: it cannot be read.
+    """
+    return source.plain_rows() if isinstance(source, TfdsSplit) else read_rows(source)
+
+
+def name_of(source: Path | TfdsSplit) -> str:
+    """What stands before the number of a line or row."""
+    return str(source) if isinstance(source, TfdsSplit) else source.name
+
+
+def read_tokens(source: Path | TfdsSplit, layout: TagLayout, invalid: Tally) -> tuple[str, Rows]:
+    """Reads rows with `tokens` and a list of tags, or of their numbers, under `tag_key`.
 
     Malformed are rows whose `tokens` or tags are no such lists (`tokens_not_words`, `tags_not_a_list`), differ in
     number (`tokens_and_tags_differ`), or have a number beyond the labels (`unknown_tag_number`).
@@ -82,10 +97,10 @@ def read_tokens(path: Path, layout: TagLayout, invalid: Tally) -> tuple[str, Row
       As `read_columns`.
 
     Raises:
-      NunerError: the file is unreadable, lacks the key, or has numbers as tags and no labels.
+      NunerError: the source is unreadable, lacks the key, or has numbers as tags and no labels.
     """
-    labels = layout.labels or (_parquet_labels(path, layout.tag_key) if suffix(path) == ".parquet" else ())
-    return _decoded(path, list(_token_rows(path, layout.tag_key, labels)), invalid)
+    labels = layout.labels or _class_names(source, layout.tag_key)
+    return _decoded(source, list(_token_rows(source, layout.tag_key, labels)), invalid)
 
 
 def detect_scheme(pairs: Counter[tuple[str, str]]) -> str:
@@ -141,15 +156,15 @@ def _check_columns(place: str, line: str, columns: int, layout: TagLayout) -> No
         raise NunerError(f"{place}: word_column and tag_column are both column {layout.word_column % columns}")
 
 
-def _token_rows(path: Path, key: str, labels: tuple[str, ...]) -> Iterator[_Read]:
-    for number, row in read_rows(path):
+def _token_rows(source: Path | TfdsSplit, key: str, labels: tuple[str, ...]) -> Iterator[_Read]:
+    for number, row in open_rows(source):
         if isinstance(row, MalformedRow):
             yield number, row
             continue
         for name in ("tokens", key):
             if name not in row:
                 keys = ", ".join(map(repr, row))
-                raise NunerError(f"{path}:{number}: the row has no {name!r} but {keys}; say which by tag_key")
+                raise NunerError(f"{source}:{number}: the row has no {name!r} but {keys}; say which by tag_key")
         words, tags = row["tokens"], row[key]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             yield number, MalformedRow("tokens_not_words")
@@ -160,7 +175,7 @@ def _token_rows(path: Path, key: str, labels: tuple[str, ...]) -> Iterator[_Read
         elif not all(word.strip() for word in words):
             yield number, MalformedRow("empty_word")
         else:
-            yield number, _with_tag_names(f"{path}:{number}", _Sentence([number] * len(words), words, tags), labels)
+            yield number, _with_tag_names(f"{source}:{number}", _Sentence([number] * len(words), words, tags), labels)
 
 
 def _with_tag_names(place: str, sentence: _Sentence, labels: tuple[str, ...]) -> _Sentence | MalformedRow:
@@ -172,6 +187,13 @@ def _with_tag_names(place: str, sentence: _Sentence, labels: tuple[str, ...]) ->
         return MalformedRow("unknown_tag_number")
     tags = [tag if isinstance(tag, str) else labels[tag] for tag in sentence.tags]
     return _Sentence(sentence.lines, sentence.words, tags)
+
+
+def _class_names(source: Path | TfdsSplit, key: str) -> tuple[str, ...]:
+    """The tags that the numbers of a column stand for, as far as the data themselves tell."""
+    if isinstance(source, TfdsSplit):
+        return source.class_names(key)
+    return _parquet_labels(source, key) if suffix(source) == ".parquet" else ()
 
 
 def _parquet_labels(path: Path, key: str) -> tuple[str, ...]:
@@ -186,17 +208,17 @@ def _parquet_labels(path: Path, key: str) -> tuple[str, ...]:
         return ()
 
 
-def _decoded(path: Path, read: list[_Read], invalid: Tally) -> tuple[str, Rows]:
+def _decoded(source: Path | TfdsSplit, read: list[_Read], invalid: Tally) -> tuple[str, Rows]:
     sentences = [sentence for _, sentence in read if isinstance(sentence, _Sentence)]
     pairs: Counter[tuple[str, str]] = Counter()
     for sentence in sentences:
         pairs.update(zip(["O", *sentence.tags], [*sentence.tags, "O"], strict=True))
-    _refuse_brackets(path, pairs)
+    _refuse_brackets(source, pairs)
     scheme = detect_scheme(pairs)
     if _count_invalid(scheme, pairs):
         for sentence in sentences:
             for at in _invalid_places(scheme, sentence.tags):
-                invalid.add("invalid_sequence", f"{path.name}:{sentence.lines[at]}")
+                invalid.add("invalid_sequence", f"{name_of(source)}:{sentence.lines[at]}")
     bare = {tag for pair in pairs for tag in pair if scheme != "IO" and not _parts(tag)[0]}
     rows: Rows = []
     for number, sentence in read:
@@ -217,11 +239,11 @@ def _parsed(sentence: _Sentence) -> ParsedRow:
     return ParsedRow(" ".join(words), entities=entities)
 
 
-def _refuse_brackets(path: Path, pairs: Counter[tuple[str, str]]) -> None:
+def _refuse_brackets(source: Path | TfdsSplit, pairs: Counter[tuple[str, str]]) -> None:
     for tag in sorted({tag for pair in pairs for tag in pair}):
         if _BRACKETED.search(tag):
             raise NunerError(
-                f"{path}: {tag!r} is no IOB tag; CoNLL-2012 writes names with brackets: convert the file to"
+                f"{source}: {tag!r} is no IOB tag; CoNLL-2012 writes names with brackets: convert the file to"
                 " one tag per word, or choose another tag_column"
             )
 

@@ -1,0 +1,1 @@
+"""Language models in context, as baselines of few-shot transfer: what they are shown, asked, and what they answer."""

@@ -1,0 +1,56 @@
+"""What the tasks with one encoder have in common: its sizes, its tokenizer, and which of its parameters is how deep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nuner_jax import pretrained, sharding
+from nuner_jax.errors import NunerError
+from nuner_jax.models.encoder import EncoderConfig
+from nuner_jax.text_encoder import TextEncoder
+
+
+def check_platform(config: ConfigDict, mesh: Mesh) -> None:
+    """Rows are split evenly over the devices, and the attention exists here; else NunerError names the key."""
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise NunerError(
+            f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
+        )
+    parts = sharding.batch_devices(mesh)
+    rows = {
+        "config.data.rows / config.optim.accumulate": config.data.rows / config.optim.accumulate,
+        "config.eval.rows": config.eval.rows,
+    }
+    for name, number in rows.items():
+        if number < 1 or number % parts:
+            raise NunerError(
+                f"{name} = {number:g} cannot be split over the {parts} devices of the mesh's axes "
+                f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
+            )
+
+
+def encoder_config(model: ConfigDict, encoder: TextEncoder | None) -> EncoderConfig:
+    """The sizes of the encoder, or of `config.model` where training starts from scratch."""
+    config = encoder.config if encoder else EncoderConfig.from_hf(model.encoder.to_dict())
+    return dataclasses.replace(config, dropout=model.dropout)
+
+
+def load_tokenizer(model: ConfigDict, encoder: TextEncoder | None):
+    """The tokenizer of `config.model`, else that of the encoder; raises NunerError if there is none, or it misfits."""
+    if encoder and not model.tokenizer:
+        return encoder.load_tokenizer()
+    if not model.tokenizer:
+        raise NunerError("config.model.tokenizer is not set: an encoder from scratch has none of its own")
+    tokenizer = pretrained.load_tokenizer(pretrained.resolve(model.tokenizer, pretrained.TOKENIZER_FILES))
+    pretrained.check_tokenizer(tokenizer, encoder_config(model, encoder))
+    return tokenizer
+
+
+def depth(path: str) -> int:
+    """Of a parameter "text/…" of the encoder: 0 in the embeddings, n in the n-th layer."""
+    _, part, number = path.split("/")[:3]
+    return 0 if part == "embeddings" else int(number) + 1
