@@ -6,6 +6,10 @@ Cost: 617 steps, two minutes on two CPU cores. Expect, on the validation split's
 0.16 (chance 0.013), top-1 10% (chance 0.2%); with 8 epochs, 0.18 and 12%. The validation loss turns up after 300
 steps while the ranking still improves: three of four concepts were annotated once, and of those the towers grow too
 sure. The data comes from the recorded completions of a language model, through all stages of annotation.
+
+It ends with the few-shot table of the two embedded sets (token macro F1, mean of both, 5 seeds): 15.1 at k = 4 and 21.7
+at k = 16 before pre-training, 34.5 and 41.3 after it, which is +19.5 [+18.4, +20.4] and +19.6 [+17.9, +21.6], paired.
+The table took 40 to 52 s on two cores shared with much other work.
 """
 
 from nuner_jax.config import SAMPLE_TOKENIZER, pretrain, source, sources

@@ -4,6 +4,9 @@
 
 FOLDER is a Hugging Face folder of a small encoder, such as that of sentence-transformers/all-MiniLM-L6-v2. It ends with
 the few-shot table of the two embedded sets: the weights as they were, and pre-trained.
+
+Measured (seed 0, all-MiniLM-L6-v2, token macro F1, mean of both sets, 3 samples each): 40.6 at k = 4 and 51.1 at k = 16
+before; 50.4 and 57.7 after no more than 40 steps (`--config.steps=40`).
 """
 
 from nuner_jax.config import pretrain, source, sources
