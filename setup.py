@@ -58,9 +58,12 @@ EXTRAS = {
     "test": [
         "aiohttp>=3.14,<4",  # the language model server of the tests
         "hypothesis>=6.100,<7",
+        "nervaluate>=1.2.1,<2",  # with seqeval and scikit-learn, what the metrics are held to
         "pytest>=9,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.5",  # exact, and the same in .pre-commit-config.yaml: formatting must not drift
+        "scikit-learn>=1.6,<2",
+        "seqeval>=1.2.2,<2",
         "torch==2.13.0",  # the reference in tests marked live; nothing in nuner_jax imports it
     ],
 }

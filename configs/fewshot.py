@@ -1,26 +1,41 @@
-"""Few-shot transfer of a frozen encoder on the two embedded sets, beside a baseline.
+"""Few-shot transfer of a frozen encoder beside a baseline: on the two embedded sets, or on all sets of a folder.
 
     python -m nuner_jax.fewshot --config=configs/fewshot.py:ENCODER,BASELINE
+    python -m nuner_jax.fewshot --config=configs/fewshot.py:ENCODER,BASELINE,FOLDER
 
-ENCODER and BASELINE are Hugging Face folders, hub names, or workdirs of pre-training; the baseline may be left out.
-Sets of your own: `config.sets = {"mine": {"train": "train.txt", "test": "test.txt"}}` in a copy of this file.
-
-Cost: 27 s on two CPU cores shared with other work, for encoders of MiniLM's size. Measured (token macro F1, mean of
-both sets, 5 seeds): plain MiniLM 41.2 at k = 4 and 51.1 at k = 16; pre-trained by `configs/minilm_open.py` 58.4 and
-64.3, which is +17.3 [+15.9, +19.1] and +13.2 [+12.1, +14.1], paired.
+ENCODER and BASELINE are Hugging Face folders, hub names, or workdirs of pre-training (WORKDIR@start is what a run
+started from); the baseline may be empty, or left out with the folder. Each folder in FOLDER is a data set with a train
+and a test file, CoNLL or JSONL. One set more, or one known by name: `config.sets.conll2003 = {}` in a copy of this file.
 """
 
+from pathlib import Path
+
 from nuner_jax.config import fewshot
+from nuner_jax.errors import NunerError
 
 
 def get_config(encoders):
+    encoder, baseline, folder = [*encoders.split(","), "", ""][:3]
     config = fewshot()
-    encoder, _, baseline = encoders.partition(",")
     config.encoders = {"encoder": encoder}
     if baseline:
         config.encoders = {"encoder": encoder, "baseline": baseline}
         config.baseline = "baseline"
-    config.sets = {"travel_desk": {}, "lab_notes": {}}
-    config.k = (4, 16)  # mentions of each type
-    config.seeds = 5  # the fewest that have an interval
+    if folder:
+        config.sets = _sets_in(Path(folder).expanduser())
+        config.k = (1, 4, 16, 64)  # mentions of each type
+        config.seeds = 10
+    else:
+        config.sets = {"travel_desk": {}, "lab_notes": {}}
+        config.k = (4, 16)
+        config.seeds = 5  # the fewest that have an interval
     return config
+
+
+def _sets_in(folder):
+    if not folder.is_dir():
+        raise NunerError(f"--config=configs/fewshot.py: there is no folder {folder}")
+    found = {path.name: {"path": str(path)} for path in sorted(folder.iterdir()) if path.is_dir()}
+    if not found:
+        raise NunerError(f"--config=configs/fewshot.py: {folder} holds no folder; each data set is one, with its files")
+    return found
