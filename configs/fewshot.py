@@ -5,7 +5,8 @@
 
 ENCODER and BASELINE are Hugging Face folders, hub names, or workdirs of pre-training (WORKDIR@start is what a run
 started from); the baseline may be empty, or left out with the folder. Each folder in FOLDER is a data set with a train
-and a test file, CoNLL or JSONL. One set more, or one known by name: `config.sets.conll2003 = {}` in a copy of this file.
+and a test file, CoNLL or JSONL. One set more, or one known by name: `config.sets.conll2003 = {}` in a copy of this
+file.
 """
 
 from pathlib import Path
@@ -15,7 +16,8 @@ from nuner_jax.errors import NunerError
 
 
 def get_config(encoders):
-    encoder, baseline, folder = [*encoders.split(","), "", ""][:3]
+    encoder, _, others = encoders.partition(",")
+    baseline, _, folder = others.partition(",")
     config = fewshot()
     config.encoders = {"encoder": encoder}
     if baseline:
@@ -34,8 +36,9 @@ def get_config(encoders):
 
 def _sets_in(folder):
     if not folder.is_dir():
-        raise NunerError(f"--config=configs/fewshot.py: there is no folder {folder}")
-    found = {path.name: {"path": str(path)} for path in sorted(folder.iterdir()) if path.is_dir()}
+        raise NunerError(f"there is no folder {folder}")
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = {path.name: {"path": str(path)} for path in folders}
     if not found:
-        raise NunerError(f"--config=configs/fewshot.py: {folder} holds no folder; each data set is one, with its files")
+        raise NunerError(f"{folder} holds no folder; each data set is one, with its files")
     return found

@@ -2,9 +2,9 @@
 
     python -m nuner_jax.train --config=configs/ner_bert.py:minilm_open.py:FOLDER_OF_MINILM
 
-The argument is a config of contrastive pre-training, a file beside this one or a path, with its own argument if it has
-one: data, text encoder, frozen layers, batches, steps and schedule are taken from it, so that only what is learnt
-differs. Without one it is `nuner_base.py`, the paper's size. Then
+The argument is a config of contrastive pre-training, a file beside this one or an absolute path, with its own argument
+if it has one: data, text encoder, frozen layers, batches, steps and schedule are taken from it, so that only what is
+learnt differs. Without one it is `nuner_base.py`, the paper's size. Then
 `python -m nuner_jax.fewshot --config=configs/fewshot.py:CONTRASTIVE_WORKDIR,WORKDIR` compares the two.
 
 Cost: less than the contrastive run of the same steps, which has a second encoder. Expect: not yet measured at full

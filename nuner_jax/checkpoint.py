@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from nuner_jax.errors import NunerError
@@ -72,12 +74,16 @@ class Checkpoints:
     def save(self, state: TrainState, metrics: dict[str, float], info: dict) -> None:
         """Starts saving in the background; returns once the arrays are copied off the devices.
 
+        A step that was saved before, without metrics, gets these; with metrics, it stays as it is.
+
         Raises:
           NunerError: this or the save before it could not be written (a full disk, say); what was saved
             before is whole.
         """
         step = int(state.step)
         if step == self.latest:
+            if metrics and not self.metrics(step):
+                self._add_metrics(step, metrics)
             return
         with self._writing():
             self._checkpointer.save_checkpointables_async(
@@ -87,6 +93,20 @@ class Checkpoints:
                 metrics=metrics or None,
                 custom_metadata=info | {"best_metric": self._best_metric, "best_is_lower": self._best_is_lower},
             )
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Puts metrics where Orbax reads those of a step; it would delete the step to save it anew."""
+        self.wait()
+        with self._writing():
+            if jax.process_index() == 0:
+                folder = self.path(step) / "metrics"
+                folder.mkdir(exist_ok=True)
+                partial = folder / "metrics.partial"
+                partial.write_text(json.dumps(metrics))
+                partial.replace(folder / "metrics")
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"metrics of step {step}")
+            self._checkpointer.reload()
 
     def wait(self) -> None:
         """Returns when all that was started is on disk; raises as `save` does."""

@@ -10,6 +10,7 @@ In this order, the first that applies:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ from nuner_jax.errors import NunerError
 from nuner_jax.models.params import flatten, unflatten
 from nuner_jax.state import TrainState
 from nuner_jax.tasks.protocol import Task
+
+_NAMES_SHOWN = 12  # of labels, in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +88,19 @@ def _check_data(path: Path, task: Task) -> None:
 
 
 def _check_labels(path: Path, task: Task) -> None:
-    """A head is of no use for other labels, be they as many; and no shape would tell."""
-    there, here = checkpoint.read_info(path).get("labels"), task.export_info().get("labels")
-    if there and here and list(there) != list(here):
-        raise NunerError(
-            f"config.checkpoint.init_from: {path} has a head for the labels {', '.join(there)}, and here they are "
-            f"{', '.join(here)}: to take its encoder alone, set config.model.text to it"
-        )
+    """A head is of no use for other labels or classes, be they as many; and no shape would tell."""
+    info, own = checkpoint.read_info(path), task.export_info()
+    for what in ("labels", "classes"):
+        there, here = info.get(what), own.get(what)
+        if there and here and list(there) != list(here):
+            raise NunerError(
+                f"config.checkpoint.init_from: {path} has a head for the {what} {_shown(there)}, and here they are "
+                f"{_shown(here)}: to take its encoder alone, set config.model.text to it"
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f", … ({len(names):,})" if len(names) > _NAMES_SHOWN else "")
 
 
 def _random_except(weights: dict, task: Task, seed: int, shardings: dict) -> dict:

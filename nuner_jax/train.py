@@ -39,6 +39,8 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, w
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, which JAX finds itself (TPU pods, SLURM).")
 
+_CLOSING_SECONDS = 24 * 3600  # processes that have ended wait so long for the first one's export and few-shot table
+
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and trains."""
@@ -63,7 +65,7 @@ def _join_processes() -> None:
     if any(value is not None for value in cluster) and None in cluster:
         raise NunerError("--coordinator, --num_processes and --process_id go together (or --distributed alone)")
     if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(*cluster)
+        jax.distributed.initialize(*cluster, shutdown_timeout_seconds=_CLOSING_SECONDS)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -111,6 +113,7 @@ class Run:
 
 def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     """Opens the data, places the parameters, and makes the (not yet compiled) train step."""
+    workdir_lib.refuse_other_task(config, workdir)
     workdir_lib.make(workdir)
     transfer.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -154,8 +157,7 @@ def loop(run: Run, console: Console) -> str | None:
     config, checkpoints, state, total = run.config, run.checkpoints, run.state, run.total_steps
     evaluators = run.task.evaluators()
     step = int(state.step)
-    # What an interrupted run did at the step that it resumes from is not done again.
-    saved_at = step if run.resumed else -1
+    # What an interrupted run found at the step that it resumes from is not measured again.
     evaluated_at = step if run.resumed and checkpoints.metrics(step) else -1
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -179,19 +181,20 @@ def loop(run: Run, console: Console) -> str | None:
             # The order matters: a step's numbers, its evaluation, then its checkpoint, which vouches for both.
             last = step >= total
             stopped_by = None if last else stop.reached(step)
-            # A request to stop waits for an evaluation that is due: a resumed run is to choose, and to end, alike.
-            evaluating = bool(evaluators) and step != evaluated_at and (last or step % config.eval.every == 0)
+            # A notice leaves little time: an evaluation that is due then is what the next start begins with.
+            evaluating = bool(evaluators) and not stopped_by and step != evaluated_at
+            evaluating = evaluating and (last or step % config.eval.every == 0)
             metrics = {}
             if evaluating:
                 progress.flush()
                 with progress.paused():
                     metrics = run_evaluators(evaluators, state.params)
                 progress.evaluated(step, metrics)
-                stopped_by = stopped_by or (None if last else stop.reached(step))  # a notice that came meanwhile
+                stopped_by = None if last else stop.reached(step)  # a notice that came meanwhile
             if not stopped_by and (evaluating or step == evaluated_at):
                 last = last or _patience_ended(run, step, metrics, console)
             due = last or stopped_by or (step > 0 and step % config.checkpoint.every == 0)
-            if due and step != saved_at:
+            if due:
                 progress.flush()
                 with progress.paused():
                     checkpoints.save(state, metrics, run.task.export_info())

@@ -55,7 +55,7 @@ def write_config(config: ConfigDict, workdir: Path, resumed: bool) -> list[str]:
 def refuse_other_task(config: ConfigDict, workdir: Path) -> None:
     """Keeps a run from writing over one of another task; raises `NunerError` if there is one in the folder."""
     path = workdir / _CONFIG_FILE
-    task = json.loads(path.read_text()).get("task") if path.exists() else config.task
+    task = config_lib.read(path).get("task") if path.exists() else config.task
     if task != config.task:
         raise NunerError(f"--workdir={workdir} holds a run of the task {task!r}: choose another one")
 

@@ -125,6 +125,7 @@ def plot_training(workdir: Path, out: Path) -> None:
     panels = {
         "loss": {"train/loss": "train", "validation/loss": "validation", "dev/loss": "dev"},
         "token → concept retrieval, validation": {"retrieval/top1": "top-1", "retrieval/mrr": "MRR"},
+        "classes, validation": {"validation/macro_f1": "macro F1", "validation/accuracy": "accuracy"},
         "F1, dev": {"dev/token_macro_f1": "token macro", "dev/entity_f1": "entity micro", "dev/string_f1": "string"},
     }
     measured = {name for line in lines for name in line}

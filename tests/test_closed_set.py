@@ -290,6 +290,14 @@ def test_a_run_does_not_go_on_with_other_classes(undisturbed, rows_file, changes
     assert not (workdir / "checkpoints" / "9").exists()
 
 
+def test_a_head_for_other_classes_is_no_start(undisturbed, rows_file, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:40]))
+    changes = {"data.sources.rows.path": str(few), "checkpoint.init_from": str(undisturbed[0])}
+    with pytest.raises(NunerError, match=r"init_from: .* has a head for the classes .*, and here they are .*"):
+        train(tiny(rows_file, **changes), tmp_path / "run")
+
+
 def test_the_workdir_lists_the_classes_and_is_an_encoder_for_other_commands(undisturbed):
     workdir, _ = undisturbed
     listed = json.loads((workdir / CLASSES_FILE).read_text())

@@ -125,6 +125,20 @@ def test_the_argument_of_a_config_reaches_it():
     assert config.model.text == config.model.concept == "bert-base-multilingual-cased"
 
 
+def test_the_few_shot_config_takes_the_sets_of_a_folder(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("no data set")
+    config = read(f"{ROOT}/configs/fewshot.py:encoder,,{tmp_path}")
+    config_lib.check(config, tasks=("fewshot",))
+    assert config.sets.to_dict() == {name: {"path": str(tmp_path / name)} for name in ("one", "two")}
+    assert (config.encoders.to_dict(), config.baseline, config.seeds) == ({"encoder": "encoder"}, None, 10)
+    with pytest.raises(NunerError, match="no folder .*absent"):
+        read(f"{ROOT}/configs/fewshot.py:encoder,,{tmp_path}/absent")
+    with pytest.raises(NunerError, match="holds no folder"):
+        read(f"{ROOT}/configs/fewshot.py:encoder,,{tmp_path}/one")
+
+
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [

@@ -149,6 +149,18 @@ def test_a_query_sample_without_a_mention_is_refused_before_anything_is_computed
         evaluate(config, tmp_path / "run", console)
 
 
+def test_a_k_that_draws_nothing_is_refused_before_anything_is_computed(config, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(frozen, "word_features", lambda *_, **__: pytest.fail("it was computed"))
+    (tmp_path / "set").mkdir()
+    for split, words in (("train", "Rome or Lima or Oslo or Turin or Brest"), ("test", "Quito to Accra")):
+        tagged = (f"{word}\t{'O' if word.islower() else 'B-city'}\n" for word in words.split())
+        (tmp_path / "set" / f"{split}.txt").write_text("".join(tagged) + "\nit\tO\n")
+    config.sets = {"lists": {"path": str(tmp_path / "set")}}
+    config.k = (2, 4)
+    with pytest.raises(NunerError, match=r"k = 2 draws nothing of lists, .* more than 4 mentions .* draws any is 3"):
+        evaluate(config, tmp_path / "run", console)
+
+
 def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
     evaluate(config, tmp_path, console)
     config.head.lr = 0.01
@@ -172,6 +184,8 @@ def test_a_workdir_of_other_settings_is_refused(config, tmp_path, console):
         ({"head.kinds": ("tree",)}, "config.head.kinds: no head 'tree'"),
         ({"rule": "n"}, "config.rule = 'n': choose one of"),
         ({"seeds": 0}, "config.seeds = 0: at least 1"),
+        ({"seed": 2**32}, "config.seed = 4294967296: between 0 and"),
+        ({"sets.notes.comment": 3}, "config.sets.notes.comment = 3: a text"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_computed(config, tmp_path, console, monkeypatch, change, message):

@@ -334,6 +334,14 @@ def test_a_set_that_is_not_there_says_where_it_is(tmp_path, folder):
     (tmp_path / "dev.txt").write_text(OTHER)
     with pytest.raises(NunerError, match=r"several files may be its dev split \(dev.txt, valid.conll\)"):
         load(folder())
+    given = folder(dev=str(tmp_path / "valid.conll"))
+    assert load(given).report["files"]["dev"]["paths"] == [given["dev"]]
+    (tmp_path / "train.conll").write_text(OTHER)
+    with pytest.raises(NunerError, match=r"several files may be its train split .* name one as config.sets.mine.train"):
+        load(given)
+    given["train"] = str(tmp_path / "train.conll")
+    files = load(given).report["files"]
+    assert [files[split]["paths"] for split in ("train", "test")] == [[given["train"]], [str(tmp_path / "test.txt")]]
 
 
 def test_sets_of_the_hub_come_from_its_cache_without_a_network(tmp_path, run_python):

@@ -22,7 +22,7 @@ from nuner_jax.errors import NunerError
 from nuner_jax.fewshot import frozen, run
 from nuner_jax.fewshot.llm.answers import TypeNames, read_answer
 from nuner_jax.fewshot.llm.prompt import answer_of
-from nuner_jax.fewshot.results import Grid, read_rows
+from nuner_jax.fewshot.results import Grid, append_rows, read_rows
 
 KEY = "sk-test-0123456789-secret"
 SETS = ("travel_desk", "lab_notes")
@@ -312,6 +312,9 @@ def test_sentences_without_an_answer_count_as_empty_and_may_be_asked_again(tmp_p
         assert row["answers"]["failed"] == 2 and row["entity_precision"] == 1.0 > row["entity_recall"]
         assert "2 sentences without an answer count as without entities" in (tmp_path / "results.md").read_text()
         config.llms.llm.request.retry_failed = True
+        # An encoder that once had the model's name has rows too, and no answers.
+        other = {key: value for key, value in row.items() if key != "answers"} | {"head": "mlp"}
+        append_rows(tmp_path / "results.jsonl", [other])
         (row,) = evaluate(config, tmp_path).rows
         assert row["answers"]["failed"] == 0 and row["entity_f1"] == 1.0
         assert sum(server.attempts().values()) == len(test) + 2

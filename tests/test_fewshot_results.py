@@ -153,8 +153,8 @@ def test_two_rows_for_one_run_are_refused():
 
 def test_seeds_that_drew_the_same_sample_are_told():
     made = [row | {"sample_hash": "all"} if row["set"] == "lab" and row["k"] == 16 else row for row in rows()]
-    (line,) = [line for line in explanations(Results(made, GRID)) if "the pool holds" in line]
-    assert line.startswith("lab, k = 16: 5 seeds, but the pool holds no more than 1 different sample;")
+    (line,) = [line for line in explanations(Results(made, GRID)) if "the pool is small" in line]
+    assert line.startswith("lab, k = 16: 5 seeds drew only 1 different sample, as the pool is small for this k;")
 
 
 def test_what_a_killed_process_left_of_a_line_is_dropped_and_nothing_else(tmp_path):

@@ -116,14 +116,15 @@ def test_one_device_and_other_meshes_give_the_same_run(undisturbed, tmp_path, ru
 
 
 @pytest.mark.parametrize("frozen_layers", [1, -1])
-def test_frozen_leaves_stay_bit_identical_and_take_no_memory(tmp_path, frozen_layers):
-    config = tiny(**{"model.frozen_layers": frozen_layers, "head.standardise": True})
-    train(config, tmp_path)
-    task = make_task(config, sharding.make_mesh())
-    initial = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(task.init_params)(jax.random.key(0))).items()}
+def test_frozen_leaves_stay_bit_identical_and_take_no_memory(pretrained_run, tmp_path, frozen_layers):
+    changes = {"model.init": "pretrained", "model.text": str(pretrained_run), "model.tokenizer": None}
+    changes |= {"model.frozen_layers": frozen_layers, "head.standardise": True}
+    train(tiny(**changes, steps=0), tmp_path / "start")
+    train(tiny(**changes), tmp_path / "run")
+    initial, final, memory = leaves(tmp_path / "start"), leaves(tmp_path / "run"), leaves(tmp_path / "run", "opt_state")
+    assert not np.allclose(initial["head/standard/scale"], 1)
     bottom = ("text/embeddings/", "text/layers/0/", "head/standard/")
     frozen = {path for path in initial if path.startswith(bottom if frozen_layers == 1 else ("text/", bottom[-1]))}
-    final, memory = leaves(tmp_path), leaves(tmp_path, "opt_state")
     assert len(frozen) > 10 and initial.keys() - frozen
     for path, leaf in initial.items():
         assert np.array_equal(final[path], leaf) == (path in frozen), path
@@ -163,14 +164,20 @@ def test_training_ends_when_patience_does_and_is_then_over(tmp_path, capsys):
 
 
 def test_a_run_that_is_stopped_again_and_again_chooses_and_ends_as_if_it_were_not(tmp_path, monkeypatch):
-    """SIGTERM comes in the first evaluation, then just before one that is due, then between two."""
+    """SIGTERM comes in the first evaluation, then just before one that is due, then between two.
+
+    The one that is due waits for the next start, since a notice leaves little time; and then it is as good as any.
+    """
     waiting = {("evaluated", 0), ("step", 2), ("step", 5)}
+    evaluated = []  # (start, step)
 
     def with_signal(name):
         original = getattr(Progress, name)
 
         def method(self, step, metrics):
             original(self, step, metrics)
+            if name == "evaluated":
+                evaluated.append((starts, step))
             if (name, step) in waiting:
                 waiting.remove((name, step))
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -183,6 +190,8 @@ def test_a_run_that_is_stopped_again_and_again_chooses_and_ends_as_if_it_were_no
         train(tiny(steps=40, lr=0.0, **{"eval.patience": 2}), tmp_path)
         starts += 1
     assert not waiting and starts == 4
+    assert evaluated == [(0, 0), (2, 2), (2, 4), (3, 6)]
+    assert checkpoint.resolve(str(tmp_path)).name == "2", "its metrics came after it was saved"
     assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
     assert len(curve(tmp_path)) == last_step(tmp_path) == 6
 
@@ -370,6 +379,19 @@ def test_bad_input_is_named_before_any_training(tmp_path, changes, message):
     with pytest.raises(NunerError, match=message):
         train(tiny(**changes), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_workdir_of_another_task_is_left_as_it_is(pretrained_run):
+    before = {path: path.stat().st_mtime_ns for path in pretrained_run.rglob("*")}
+    with pytest.raises(NunerError, match="--workdir=.* holds a run of the task 'pretrain': choose another one"):
+        train(tiny(), pretrained_run)
+    assert {path: path.stat().st_mtime_ns for path in pretrained_run.rglob("*")} == before
+
+
+def test_standardising_needs_an_encoder_that_was_trained():
+    with pytest.raises(NunerError, match=r"config\.head\.standardise needs a pretrained encoder"):
+        tiny(**{"head.standardise": True})
+    tiny(**{"head.standardise": True, "checkpoint.init_from": "elsewhere"})
 
 
 def test_patience_needs_a_checkpoint_of_every_evaluation():

@@ -17,7 +17,6 @@ CHOICES = {
     "features": ("memory", "file"),
 }
 AT_LEAST = {
-    "seed": 0,
     "seeds": 1,
     "head.width": 1,
     "head.steps": 1,
@@ -26,7 +25,7 @@ AT_LEAST = {
     "head.batch": 1,
     "eval.max_sentences": 1,
 }
-AT_MOST = {"head.balance": 1.0}
+AT_MOST = {"seed": 2**31, "head.balance": 1.0}
 """Upper bounds of values that are at least 0."""
 FREE_KEYS = ("sets.", "encoders.", "llms.")
 HEADS = ("linear", "mlp")
@@ -89,13 +88,14 @@ def fewshot() -> ConfigDict:
             "baseline": config_dict.placeholder(str),  # name that the others are compared with, in pairs; None: none
             "k": (1, 4, 16, 64),  # mentions (rule kw: words) of each type to learn from; 0 is for language models
             "seeds": 10,  # samples, each with a head of its own, of every set and k
-            "seed": 0,  # the first of them; the others follow
+            "seed": 0,  # the first of them, at most 2**31; the others follow
             "rule": "k~2k",  # k to 2k mentions of each type (paper); or "kw": words
             "layers": "last",  # hidden states of a word's vector: "last", or "two" (paper): and that above the frozen
             "dtype": "float32",  # of the encoders' computation; on accelerators "bfloat16" is faster
             "features": "memory",  # where the words' vectors are kept: "memory", or a mapped "file" in the workdir
             "head": {
-                "kinds": ("mlp",),  # "mlp" (two layers; paper, for kw), "linear", or both
+                "kinds": ("mlp",),  # "mlp" (two layers; paper, for kw), "linear", or both; "linear" wants more steps
+                # than these, and scores lower
                 "width": 256,  # of the layer between the two
                 "steps": 150,  # updates; the rate falls along a cosine
                 "lr": 1e-3,  # peak learning rate of AdamW

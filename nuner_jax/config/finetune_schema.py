@@ -54,6 +54,11 @@ def check(config: ConfigDict) -> None:
     """
     if not config.model.layers:
         raise NunerError("config.model.layers is empty: name at least one hidden layer, such as (-1,)")
+    if config.head.standardise and config.model.init == "scratch" and not config.checkpoint.init_from:
+        raise NunerError(
+            "config.head.standardise needs a pretrained encoder: mean and deviation are those of its vectors before "
+            "training; set config.model.init = 'pretrained', or standardise = False"
+        )
     if config.eval.patience and config.eval.every % config.checkpoint.every:
         raise NunerError(
             f"config.eval.patience counts from the best checkpoint, so every evaluation needs one: choose an "

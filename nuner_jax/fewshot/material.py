@@ -13,7 +13,7 @@ from nuner_jax.data.ner.datasets import TaggedSet
 from nuner_jax.data.ner.words import label_words, word_spans
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
-from nuner_jax.fewshot.sampling import Sample, pool_counts, sample_sentences, shortages
+from nuner_jax.fewshot.sampling import RULES, Sample, pool_counts, sample_sentences, shortages
 from nuner_jax.metrics import Spans
 
 
@@ -71,10 +71,11 @@ class Material:
         """Draws the samples, and of the test split `max_sentences` at random where it has more.
 
         Raises:
-          NunerError: the pool has no mention, or the test sentences drawn have none.
+          NunerError: the pool has no mention, a k draws nothing, or the test sentences drawn have no mention.
         """
         counts_SxT = pool_counts(data, rule)
         samples = {(k, seed): sample_sentences(counts_SxT, k, seed, rule) for k in ks for seed in seeds}
+        _refuse_empty(samples, counts_SxT, data.name, rule)
         lacking = shortages(samples, counts_SxT, data.types, rule)
         notes = [*_about_types(data), *(f"{data.name}: {line}" for line in lacking)]
         test = _some(data, max_sentences)
@@ -103,6 +104,17 @@ class Material:
             reached = dict(zip(self.data.types, sample.reached, strict=True))
             found.setdefault(str(k), {})[str(seed)] = {"hash": sample.hash, "ids": sample.ids, "reached": reached}
         return found
+
+
+def _refuse_empty(samples: Mapping[tuple[int, int], Sample], counts_SxT: np.ndarray, name: str, rule: str) -> None:
+    """Refuses a k of which there is nothing to learn: every sentence by itself lifts a type above 2k."""
+    if empty := [k for (k, _), sample in samples.items() if k and not sample.ids]:
+        most_S = counts_SxT.max(axis=1)
+        least = -(-int(most_S[most_S > 0].min()) // 2)
+        raise NunerError(
+            f"config.k: k = {empty[0]} draws nothing of {name}, as each sentence of its train split that has a mention "
+            f"has more than {2 * empty[0]} {RULES[rule]} of one type; the smallest k that draws any is {least}"
+        )
 
 
 def _some(data: TaggedSet, max_sentences: int | None) -> Sequence[Record]:

@@ -34,7 +34,7 @@ def rows_of(plan: Plan, job: Job, predicted_HxW: np.ndarray, found: metrics.Span
 
 
 def keep_detail(plan: Plan, job: Job, predicted_HxW: np.ndarray, found: metrics.Spans) -> None:
-    """Writes what the page tells of a job's errors, all its seeds together, if it is the one that is shown."""
+    """Writes what the page tells of a job's errors, its seeds together, if it is the one that is shown."""
     if job.system != plan.shown:
         return
     material = plan.sets[job.set]

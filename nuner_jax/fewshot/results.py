@@ -6,7 +6,9 @@ A row is the outcome of one head: one set, encoder, head, k and seed. WORKDIR/re
   sample_hash                         of the sentences learnt from: the same for every encoder and head
   token_macro_f1, entity_f1, string_f1   between 0 and 1; each with its …_precision and …_recall
   per_type                            {metric: {type: {"precision", "recall", "f1", "support"}}}
-  short_types                         the types of which the sample has fewer than k mentions
+  sentences, short_types              of the sample: how many, and the types of which it has fewer than k mentions
+  settings                            hash of what else decides it; a start with other settings refuses the row
+  seconds, words_without_tokens       of an encoder: time of the head, query words that its tokenizer leaves out
   answers                             of a language model: what became of its answers
 
 What is computed of them, for each set, encoder, head and k:
@@ -277,12 +279,13 @@ def interval(values_N: Sequence[float]) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def distinct_samples(results: Results) -> dict[tuple[str, int], int]:
-    """(set, k) → different samples, where there are fewer than seeds: the pool holds no more."""
+def distinct_samples(results: Results) -> dict[tuple[str, int], tuple[int, int]]:
+    """(set, k) → (different samples, seeds that are there), where some seeds drew the same sentences."""
     found: dict[tuple[str, int], list[str]] = {}
     for (name, k, _), sample in results.hashes.items():
         found.setdefault((name, k), []).append(sample)
-    return {key: len(set(samples)) for key, samples in sorted(found.items()) if len(set(samples)) < len(samples)}
+    counts = {key: (len(set(samples)), len(samples)) for key, samples in sorted(found.items())}
+    return {key: (different, seeds) for key, (different, seeds) in counts.items() if different < seeds}
 
 
 def _values(

@@ -236,9 +236,9 @@ def _gaps(results: Results) -> list[str]:
 
 def _repeated_samples(results: Results) -> list[str]:
     return [
-        f"{name}, k = {k}: {len(results.grid.seeds)} seeds, but the pool holds no more than {count} different "
-        f"{'sample' if count == 1 else 'samples'}; ± is mostly that of the heads"
-        for (name, k), count in distinct_samples(results).items()
+        f"{name}, k = {k}: {seeds} seeds drew only {different} different {'sample' if different == 1 else 'samples'}, "
+        "as the pool is small for this k; ± and [ ] tell too little of what other sentences would do"
+        for (name, k), (different, seeds) in distinct_samples(results).items()
     ]
 
 

@@ -20,7 +20,7 @@ from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
-from nuner_jax.tasks import retrieval
+from nuner_jax.tasks import retrieval, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task
 
@@ -37,7 +37,7 @@ class Pretrain(Task):
         self._config, self._mesh = config, mesh
         self.best_metric = config.checkpoint.best
         self.best_is_lower = self.best_metric == "validation/loss"
-        self._check_platform()
+        text_tower.check_platform(config, mesh, {"config.data.row_multiple": config.data.row_multiple})
         self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
         self.tokenizer = self._load_tokenizer()
         self._graphdef, self._abstract = params_lib.split(nnx.eval_shape(lambda: self._towers(nnx.Rngs(0))))
@@ -66,30 +66,6 @@ class Pretrain(Task):
         self.validation_loader = make_loader(self.validation, rows=config.eval.rows, seed=0, shuffle=False)
         self.batch_rows = _row_counts(self.loader)
         self.steps_per_epoch = self.loader.rows_per_epoch / data.rows
-
-    def _check_platform(self) -> None:
-        """Rows are split evenly over the devices, and the attention exists here; else the key is named."""
-        if self._config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-            raise NunerError(
-                f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
-            )
-        config, parts = self._config, sharding.batch_devices(self._mesh)
-        if config.data.rows % config.optim.accumulate:
-            raise NunerError(
-                f"config.data.rows = {config.data.rows} is not a multiple of "
-                f"config.optim.accumulate = {config.optim.accumulate}"
-            )
-        rows = {
-            "config.data.rows / config.optim.accumulate": config.data.rows // config.optim.accumulate,
-            "config.data.row_multiple": config.data.row_multiple,
-            "config.eval.rows": config.eval.rows,
-        }
-        for name, number in rows.items():
-            if number < 1 or number % parts:
-                raise NunerError(
-                    f"{name} = {number} cannot be split over the {parts} devices of the mesh's axes "
-                    f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
-                )
 
     def _load_tokenizer(self):
         """The one tokenizer of both towers, which must fit the weights of both."""

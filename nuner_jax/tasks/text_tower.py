@@ -1,8 +1,9 @@
-"""What the tasks with one encoder have in common: its sizes, its tokenizer, and which of its parameters is how deep."""
+"""What tasks have in common: whether a batch can be split; of one encoder, its sizes, tokenizer and depths."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -14,21 +15,30 @@ from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.text_encoder import TextEncoder
 
 
-def check_platform(config: ConfigDict, mesh: Mesh) -> None:
-    """Rows are split evenly over the devices, and the attention exists here; else NunerError names the key."""
+def check_platform(config: ConfigDict, mesh: Mesh, more_rows: Mapping[str, int] | None = None) -> None:
+    """Rows are split evenly over the devices, and the attention exists here; else NunerError names the key.
+
+    `more_rows` are those that a task has besides, by their key.
+    """
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
         raise NunerError(
             f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
         )
+    if config.data.rows % config.optim.accumulate:
+        raise NunerError(
+            f"config.data.rows = {config.data.rows} is not a multiple of "
+            f"config.optim.accumulate = {config.optim.accumulate}"
+        )
     parts = sharding.batch_devices(mesh)
     rows = {
-        "config.data.rows / config.optim.accumulate": config.data.rows / config.optim.accumulate,
+        "config.data.rows / config.optim.accumulate": config.data.rows // config.optim.accumulate,
         "config.eval.rows": config.eval.rows,
+        **(more_rows or {}),
     }
     for name, number in rows.items():
         if number < 1 or number % parts:
             raise NunerError(
-                f"{name} = {number:g} cannot be split over the {parts} devices of the mesh's axes "
+                f"{name} = {number} cannot be split over the {parts} devices of the mesh's axes "
                 f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
             )
 

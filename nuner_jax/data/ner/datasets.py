@@ -21,11 +21,11 @@ from nuner_jax.data.importers.tfds_rows import TfdsSplit
 from nuner_jax.data.ner.set_report import contents, overlaps, report_table
 from nuner_jax.data.ner.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
 from nuner_jax.data.ner.tagged_files import TagLayout, name_of, open_rows, read_columns, read_tokens
-from nuner_jax.data.ner.words import flat, label_words, word_spans
+from nuner_jax.data.ner.words import flat
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
 
-__all__ = ["FORMATS", "SetSpec", "TaggedSet", "label_words", "load", "report_table", "word_spans"]
+__all__ = ["TaggedSet", "load", "report_table"]
 
 _JOINED = ("conll", "tokens", "gliner")  # their texts are words joined by one space each
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")

@@ -1,6 +1,6 @@
 """Data sets known by name: the embedded ones, and public ones with their files and their place on the hub.
 
-An entry is what a user would otherwise write into a config: keys of `datasets.SetSpec`. Where a public set has
+An entry is what a user would otherwise write into a config: keys of `SetSpec` in set_spec.py. Where a public set has
 several versions, the entry says which one it means.
 
 Names and files on the hub are as its public pages and the loaders published with the sets have them (the folders in

@@ -24,6 +24,7 @@ CHOICES = {
     "invalid_tags": ("repair", "refuse"),
     "malformed": ("refuse", "skip"),
 }
+_TEXTS = ("set", "path", "comment", "tag_key")
 _Files = str | tuple[str, ...]
 
 
@@ -35,7 +36,7 @@ class SetSpec:
     train, test, dev: a file, `hf:org/data_set[@revision]:part[/split]`, `tfds:NAME_OR_FOLDER[:SPLIT]` (by default
       train, test and validation), or several of them. test and dev may be shares of the train file, told by the hash
       of each text; dev may be missing.
-    path: in their place, a folder with the files of the splits.
+    path: a folder with the files of those splits that are not given.
     format: one of `FORMATS`; "auto": told from each file.
     word_column, tag_column, comment, tag_key: as in `TagLayout`. labels: the tags of the numbers 0, 1, …, or a JSON
       file (or its `hf:` name) with {tag: number}.
@@ -87,12 +88,12 @@ def resolve(given: Mapping[str, Any]) -> SetSpec:
     known = NAMED.get(spec.set or spec.name)
     if spec.set and not known:
         raise NunerError(f"{spec.key('set')} = {spec.set!r}: {_unknown_name(spec.set)}")
-    if spec.train:
-        return spec
     if spec.path:
         found = _in_folder(spec)
         if known and known.states_version and not spec.version:
             raise NunerError(f"{spec.key('version')} is not set; say which it is: {known.about}")
+    elif spec.train:
+        return spec
     elif not known:
         raise NunerError(f"{spec.key('train')} is not set, nor is its path, and {_unknown_name(spec.name)}")
     else:
@@ -164,6 +165,8 @@ def _check(keys: Mapping[str, Any]) -> None:
         if key in CHOICES and value not in CHOICES[key]:
             choices = ", ".join(map(repr, CHOICES[key]))
             raise NunerError(f"config.sets.{name}.{key} = {value!r}: choose one of {choices}")
+        if key in _TEXTS and not isinstance(value, str):
+            raise NunerError(f"config.sets.{name}.{key} = {value!r}: a text")
         if key in ("word_column", "tag_column") and not isinstance(value, int):
             raise NunerError(f"config.sets.{name}.{key} = {value!r}: a column is a whole number, from 0")
         if key in ("train", "test", "dev", "labels") and not (_is_names(value) or key in SHARED and _is_share(value)):
@@ -229,6 +232,8 @@ def _in_folder(spec: SetSpec) -> dict[str, Any]:
             return {**keys, "dev": "", **there}
     found: dict[str, Any] = {}
     for split, stems in ANY_FOLDER.items():
+        if getattr(spec, split):
+            continue
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.split(".")[0] in stems)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -237,7 +242,7 @@ def _in_folder(spec: SetSpec) -> dict[str, Any]:
             )
         if files:
             found[split] = str(files[0])
-    if "train" not in found:
+    if not spec.train and "train" not in found:
         wanted = [*(keys["train"] for keys in (known.folder if known else ())), "train.txt or the like"]
         raise NunerError(f"{folder}: holds no train split; looked for {', '.join(wanted)}")
     return found

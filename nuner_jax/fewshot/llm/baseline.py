@@ -71,8 +71,10 @@ def check(plan: Plan, console: Console) -> None:
     """
     for name, config in plan.llms.items():
         if config.request.retry_failed:
+            mine = (name, IN_CONTEXT)  # an encoder may have had the name before
             remove_rows(
-                plan.rows_file, lambda row, name=name: row["encoder"] == name and bool(row["answers"]["failed"])
+                plan.rows_file,
+                lambda row, mine=mine: (row["encoder"], row["head"]) == mine and bool(row["answers"]["failed"]),
             )
         if not plan.missing_jobs((name,)):
             continue
