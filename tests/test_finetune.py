@@ -341,7 +341,7 @@ def test_what_the_data_lacks_is_said_before_training(tmp_path):
     changes = conll_folder(tmp_path, train=TRAIN, test=test)
     said = []
     task = make_task(tiny(**changes, **{"data.dev_share": 0.3}), sharding.make_mesh(), said.append)
-    assert "  types in test that train lacks, scored all the same: firm" in said
+    assert "  types in test that train lacks, which count with F1 0: firm" in said
     lost = "test: 2 of 63 mentions are of types that no training sentence has, and cannot be found: firm (2)"
     assert lost in said
     assert any(line.startswith("test: 3 sentences") and "1 texts in several windows" in line for line in said)
