@@ -9,7 +9,7 @@ sure. The data comes from the recorded completions of a language model, through 
 
 It ends with the few-shot table of the two embedded sets (token macro F1, mean of both, 5 seeds): 15.1 at k = 4 and 21.7
 at k = 16 before pre-training, 34.5 and 41.3 after it, which is +19.5 [+18.4, +20.4] and +19.6 [+17.9, +21.6], paired.
-The table took 40 to 52 s on two cores shared with much other work.
+The table took 17 s on two cores shared with another program.
 """
 
 from nuner_jax.config import SAMPLE_TOKENIZER, pretrain, source, sources
