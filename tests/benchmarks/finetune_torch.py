@@ -9,7 +9,7 @@ command, theirs the usual loop around AutoModelForTokenClassification; each runs
 seed after seed. Prints a table, and writes results.json under --out. --split=dev shows the dev share alone, to choose
 by.
 
-On WNUT-17 with MiniLM-L6 and 3 seeds: about 20 minutes on two CPU cores that do nothing else.
+What came out is in README.md, beside this file.
 """
 
 from __future__ import annotations
