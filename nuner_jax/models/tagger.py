@@ -30,7 +30,7 @@ class Head(nnx.Module):
     def __init__(
         self, inputs: int, classes: int, *, kind: str, width: int, dropout: float, standardise: bool, rngs: nnx.Rngs
     ):
-        """Builds the head: random kernels of deviation 1 / sqrt(inputs), but zeros in the last layer.
+        """Builds the head: random kernels of deviation 1 / sqrt(inputs), but 0.02 in the last layer.
 
         Args:
           inputs, classes: sizes.
@@ -43,12 +43,13 @@ class Head(nnx.Module):
         self.dropout, self.standardise = dropout, standardise
         if standardise:
             self.standard = Standard(inputs)
-        zeros, normal = nnx.initializers.zeros, nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+        # Not zeros: no gradient would reach the encoder at first, and a short fine-tune never makes up for it.
+        small, normal = nnx.initializers.normal(0.02), nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
         if kind == "mlp":
             self.hidden = nnx.Linear(inputs, width, kernel_init=normal, rngs=rngs)
             inputs = width
         self.mlp = kind == "mlp"
-        self.out = nnx.Linear(inputs, classes, kernel_init=zeros, rngs=rngs)
+        self.out = nnx.Linear(inputs, classes, kernel_init=small, rngs=rngs)
 
     def __call__(self, x_RxVxD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [R, V, C] float32; a key turns dropout on."""
