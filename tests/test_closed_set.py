@@ -222,9 +222,7 @@ def test_training_starts_from_the_frequencies_of_the_labels(undisturbed, rows_fi
     assert np.exp(bias_C).sum() == pytest.approx(1, abs=1e-5) and bias_C.argmax() == 0
     labels = np.concatenate([np.asarray(batch["labels"]).ravel() for batch in task._validation_batches()])
     assert first["step"] == 0
-    assert first["validation/loss"] == pytest.approx(
-        -bias_C[labels[labels >= 0]].mean(), rel=0.05
-    )  # the kernel is small
+    assert first["validation/loss"] == pytest.approx(-bias_C[labels[labels >= 0]].mean(), rel=1e-4)
 
 
 def test_the_bottom_half_stays_as_it_was_and_takes_no_memory(undisturbed, rows_file):

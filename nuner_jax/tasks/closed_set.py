@@ -106,7 +106,8 @@ class ClosedSet(Task):
         """
         params = params_lib.split(self._tagger(nnx.Rngs(key)))[1]
         share_C = (self._count_C + 1) / np.sum(self._count_C + 1)
-        params["head"]["out"]["bias"] = jnp.log(share_C.astype(np.float32))
+        kernel = jnp.zeros_like(params["head"]["out"]["kernel"])
+        params["head"]["out"] = {"kernel": kernel, "bias": jnp.log(share_C.astype(np.float32))}
         return params
 
     def pretrained_params(self, abstract_params: dict) -> dict:
