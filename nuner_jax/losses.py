@@ -7,8 +7,9 @@ Figure 5) minimises the binary cross-entropy over all pairs:
     BCE(s, y) = softplus(s) - y * s
     L = sum_t sum_c softplus(s_tc)  -  sum over positive pairs of s_tc
 
-The first sum is dense and needs no target; the second runs over the few positive pairs. So no array of
-tokens x concepts targets exists, and the dense sum can be computed a chunk of concepts at a time.
+The first sum is dense and needs no target; the second runs over the few positive pairs. So no array of tokens x
+concepts targets exists. The derivative by the logit is sigmoid(s) - y, as plain as the loss: where gradients are
+wanted they are computed together with the value, a chunk of concepts at a time, and no logit is computed twice or kept.
 
 A concept that occurs more than once (on two devices, say) counts once: its first occurrence stands for
 it, in the order of the global batch. Shapes: R rows of L tokens, D wide; P positive pairs a row; N
@@ -94,73 +95,142 @@ def contrastive_loss(
         A pair names a scored token, and no pair is named twice.
       pair_concepts_RxP: int32, the concept id of the pair; one that is not in the batch is left out.
       scale, bias: float32 scalars of the logit.
-      chunk: concepts per chunk of the dense sum (memory grows with it, not with N); None is all at once.
+      chunk: concepts that a device scores at once, at most (but one slot of every row); memory grows with it, and not
+        with N. None is all.
 
     Returns:
-      float32 scalars: `loss` (the sum L above), `positive_logits` (sum of s_tc over positives),
-      `positives` (number of positive pairs) and `pairs` (number of pairs scored). The caller divides.
+      float32 scalars: `loss` (the sum L above), which alone has a gradient; `positive_logits` (sum of s_tc over
+      positives), `positives` (number of positive pairs) and `pairs` (number of pairs scored). The caller divides.
     """
-    batch = P(BATCH_AXES)
-    local = functools.partial(_local_sums, chunk=chunk)
     missing = -concept_ids_QxS.shape[1] % mesh.shape["tensor"]
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(batch, batch, P(BATCH_AXES, "tensor"), batch, batch, batch, P(), P()),
-        out_specs=P(),
-    )(
-        tokens_RxLxD,
+    sums = _sums(
+        mesh,
+        chunk,
+        (tokens_RxLxD, jnp.pad(concepts_QxSxD, ((0, 0), (0, missing), (0, 0))), scale, bias),
         scored_RxL,
-        jnp.pad(concepts_QxSxD, ((0, 0), (0, missing), (0, 0))),
         jnp.pad(concept_ids_QxS, ((0, 0), (0, missing)), constant_values=-1),
         pair_positions_RxP,
         pair_concepts_RxP,
-        scale,
-        bias,
     )
+    return {name: value if name == "loss" else jax.lax.stop_gradient(value) for name, value in sums.items()}
 
 
-def _local_sums(tokens, scored, concepts_qxsxD, ids_qxS, pair_positions, pair_concepts, scale, bias, *, chunk):
-    """One device's tokens against its slots s of all concept rows: the all-gather here is the loss's only one."""
-    depth, dtype = tokens.shape[-1], jnp.result_type(tokens, concepts_qxsxD)
-    # Widened so that the gradients are added up in float32; the products are those of the narrow vectors.
-    tokens = jax.lax.pcast(tokens.astype(jnp.float32), "tensor", to="varying")
-    concepts_NxD = _gather_widened(concepts_qxsxD).reshape(-1, depth)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(mesh, chunk, inputs, scored_RxL, ids_QxS, pair_positions_RxP, pair_concepts_RxP):
+    """The sums; `inputs` are token vectors, concept vectors, scale and bias."""
+    return _on_mesh(mesh, chunk, False, inputs, scored_RxL, ids_QxS, pair_positions_RxP, pair_concepts_RxP)[0]
+
+
+def _sums_forward(mesh, chunk, inputs, scored_RxL, ids_QxS, pair_positions_RxP, pair_concepts_RxP):
+    return _on_mesh(mesh, chunk, True, inputs, scored_RxL, ids_QxS, pair_positions_RxP, pair_concepts_RxP)
+
+
+def _sums_backward(mesh, chunk, gradients, cotangents):
+    del mesh, chunk
+    times = lambda gradient: (cotangents["loss"] * gradient).astype(gradient.dtype)  # noqa: E731
+    return jax.tree.map(times, gradients), None, None, None, None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _on_mesh(mesh, chunk, with_gradients, inputs, *batch):
+    """The sums over the global batch, and the gradients of `inputs`, or ()."""
+    rows = P(BATCH_AXES)
+    places = (rows, P(BATCH_AXES, "tensor"), P(), P())
+    return jax.shard_map(
+        functools.partial(_on_device, chunk=chunk, with_gradients=with_gradients),
+        mesh=mesh,
+        in_specs=(places, rows, rows, rows, rows),
+        out_specs=(P(), places if with_gradients else ()),
+    )(inputs, *batch)
+
+
+def _on_device(inputs, scored_rxL, ids_qxS, pair_positions_rxP, pair_concepts_rxP, *, chunk, with_gradients):
+    """One device's r rows of tokens against its s slots of all Q concept rows, c slots at a time."""
+    tokens_rxLxD, concepts_qxsxD, scale, bias = inputs
+    (rows, length, depth), own_slots = tokens_rxLxD.shape, concepts_qxsxD.shape[1]
     ids_QxS = jax.lax.all_gather(ids_qxS, BATCH_AXES, tiled=True)
-    counted_N, pair_columns = _own_columns(*_first_occurrences(ids_QxS, pair_concepts), concepts_qxsxD.shape[1])
+    counted_QxS, columns_rxP = _first_occurrences(ids_QxS, pair_concepts_rxP)
+    counted_Qxs, pair_row_rxP, pair_slot_rxP = _own_slots(counted_QxS, columns_rxP, own_slots)
+    valid_rxP = (pair_positions_rxP >= 0) & (pair_slot_rxP >= 0)
+    pair_token_rxP = jnp.arange(rows)[:, None] * length + pair_positions_rxP
+    # Chunks of one size, so that the last one is nearly as full as the others.
+    chunks = 1 if chunk is None else min(own_slots, -(-own_slots * len(ids_QxS) // chunk))
+    slots = -(-own_slots // chunks)
 
-    dense = _dense_softplus(
-        tokens.reshape(-1, depth), scored.reshape(-1), concepts_NxD, counted_N, scale, bias, chunk, dtype
-    )
-    valid_rxP = (pair_positions >= 0) & (pair_columns >= 0)
-    pair_tokens = jnp.take_along_axis(tokens, jnp.maximum(pair_positions, 0)[:, :, None], axis=1)
-    pair_vectors = concepts_NxD[jnp.maximum(pair_columns, 0)]
-    dots_rxP = jnp.einsum("rpd,rpd->rp", pair_tokens, pair_vectors)
-    positive_logits = jnp.sum(jnp.where(valid_rxP, scale * dots_rxP + bias, 0.0))
+    def add_chunk(number, totals):
+        sums, gradients = totals
+        # The last chunk begins early enough to be whole, and leaves out what the one before it has counted.
+        fresh = number * slots
+        first = jnp.minimum(fresh, own_slots - slots)
+        counted_Qxc = jax.lax.dynamic_slice_in_dim(counted_Qxs, first, slots, axis=1)
+        counted_Qxc &= first + jnp.arange(slots) >= fresh
+        here_rxP = valid_rxP & (pair_slot_rxP >= fresh) & (pair_slot_rxP < first + slots)
+        more, more_gradients = _chunk_sums(
+            tokens_rxLxD.reshape(-1, depth),
+            jax.lax.dynamic_slice_in_dim(concepts_qxsxD, first, slots, axis=1),
+            scale,
+            bias,
+            scored_rxL.reshape(-1)[:, None] & counted_Qxc.reshape(-1),
+            jnp.where(here_rxP, pair_token_rxP, -1).reshape(-1),
+            jnp.where(here_rxP, pair_row_rxP * slots + pair_slot_rxP - first, -1).reshape(-1),
+            with_gradients,
+        )
+        sums = jax.tree.map(jnp.add, sums, more)
+        if with_gradients:
+            (tokens_TxD, concepts, *scalars), (more_TxD, more_qxcxD, *more_scalars) = gradients, more_gradients
+            there_qxcxD = jax.lax.dynamic_slice_in_dim(concepts, first, slots, axis=1)
+            concepts = jax.lax.dynamic_update_slice_in_dim(concepts, there_qxcxD + more_qxcxD, first, axis=1)
+            gradients = (tokens_TxD + more_TxD, concepts, *jax.tree.map(jnp.add, scalars, more_scalars))
+        return sums, gradients
+
+    gradients = ()
+    if with_gradients:
+        concepts = jnp.zeros(concepts_qxsxD.shape, concepts_qxsxD.dtype)
+        gradients = (jnp.zeros((rows * length, depth)), concepts, jnp.zeros(()), jnp.zeros(()))
+    totals = dict.fromkeys(("loss", "positive_logits", "positives"), jnp.zeros(())), gradients
+    totals = jax.tree.map(lambda zero: jax.lax.pcast(zero, AXES, to="varying"), totals)
+    sums, gradients = jax.lax.fori_loop(0, -(-own_slots // slots), add_chunk, totals)
+    sums["pairs"] = jnp.sum(scored_rxL, dtype=jnp.float32) * jnp.sum(counted_Qxs, dtype=jnp.float32)
+    sums = jax.lax.psum(sums, AXES)
+    if not with_gradients:
+        return sums, ()
+    tokens_TxD, concepts_qxsxD, *scalars = gradients
+    tokens_rxLxD = jax.lax.psum(tokens_TxD, "tensor").astype(tokens_rxLxD.dtype).reshape(tokens_rxLxD.shape)
+    return sums, (tokens_rxLxD, concepts_qxsxD, *jax.lax.psum(scalars, AXES))
+
+
+def _chunk_sums(tokens_TxD, concepts_qxcxD, scale, bias, counted_TxN, pair_token_P, pair_column_P, with_gradients):
+    """This device's tokens against N = Q * c concepts, gathered from all rows: the sums, and gradients of the loss.
+
+    Products are of the vectors' dtype, sums float32. A pair of tokens and columns of -1 is none.
+    """
+    dtype = jnp.result_type(tokens_TxD, concepts_qxcxD)
+    tokens_TxD = tokens_TxD.astype(dtype)
+    concepts_NxD = jax.lax.all_gather(concepts_qxcxD.astype(dtype), BATCH_AXES, tiled=True)
+    concepts_NxD = concepts_NxD.reshape(-1, tokens_TxD.shape[1])
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    dots_TxN = product("td,nd->tn", tokens_TxD, concepts_NxD)
+    logits_TxN = scale * dots_TxN + bias
+    valid_P = pair_token_P >= 0
+    pairs = jnp.maximum(pair_token_P, 0), jnp.maximum(pair_column_P, 0)
+    positive_logits = jnp.sum(jnp.where(valid_P, logits_TxN[pairs], 0.0))
     sums = {
-        "loss": dense - positive_logits,
+        "loss": jnp.sum(jnp.where(counted_TxN, jax.nn.softplus(logits_TxN), 0.0)) - positive_logits,
         "positive_logits": positive_logits,
-        "positives": jnp.sum(valid_rxP, dtype=jnp.float32),
-        "pairs": jnp.sum(scored, dtype=jnp.float32) * jnp.sum(counted_N, dtype=jnp.float32),
+        "positives": jnp.sum(valid_P, dtype=jnp.float32),
     }
-    return jax.lax.psum(sums, AXES)
-
-
-@jax.custom_vjp
-def _gather_widened(x_qx):
-    """The rows of all devices as float32, sent in their own dtype; gradients are added over devices in float32."""
-    return jax.lax.all_gather(x_qx, BATCH_AXES, tiled=True).astype(jnp.float32)
-
-
-def _gather_widened_forward(x_qx):
-    return _gather_widened(x_qx), x_qx[:0]  # what is kept is the dtype
-
-
-def _gather_widened_backward(like, grad_Qx):
-    return (jax.lax.psum_scatter(grad_Qx, BATCH_AXES, tiled=True).astype(like.dtype),)
-
-
-_gather_widened.defvjp(_gather_widened_forward, _gather_widened_backward)
+    if not with_gradients:
+        return sums, ()
+    slope_TxN = jnp.where(counted_TxN, jax.nn.sigmoid(logits_TxN), 0.0).at[pairs].add(-valid_P.astype(jnp.float32))
+    scaled_TxN = (scale * slope_TxN).astype(dtype)
+    gradient_NxD = product("tn,td->nd", scaled_TxN, tokens_TxD)
+    gradient_QxcxD = gradient_NxD.reshape(-1, *concepts_qxcxD.shape[1:])
+    gradient_qxcxD = jax.lax.psum_scatter(gradient_QxcxD, BATCH_AXES, tiled=True).astype(concepts_qxcxD.dtype)
+    gradient_TxD = product("tn,nd->td", scaled_TxN, concepts_NxD)
+    return sums, (gradient_TxD, gradient_qxcxD, jnp.sum(slope_TxN * dots_TxN), jnp.sum(slope_TxN))
 
 
 def _first_occurrences(ids_QxS, pair_concepts):
@@ -175,57 +245,13 @@ def _first_occurrences(ids_QxS, pair_concepts):
     return counted_N.reshape(ids_QxS.shape), jnp.where(present, order_N[place], -1)
 
 
-def _own_columns(counted_QxS, columns, own_slots):
-    """`_first_occurrences` of this device's slots of the rows alone: [Q * own_slots], and columns of those."""
+def _own_slots(counted_QxS, columns, own_slots):
+    """`_first_occurrences` of this device's slots of the rows alone: [Q, own_slots], and row and slot of each pair.
+
+    The slot of a pair whose concept another device has, or nobody, is -1.
+    """
     start = jax.lax.axis_index("tensor") * own_slots
     row, slot = columns // counted_QxS.shape[1], columns % counted_QxS.shape[1] - start
     own = (columns >= 0) & (slot >= 0) & (slot < own_slots)
     counted_Qxs = jax.lax.dynamic_slice_in_dim(counted_QxS, start, own_slots, axis=1)
-    return counted_Qxs.reshape(-1), jnp.where(own, row * own_slots + slot, -1)
-
-
-def _dense_softplus(tokens_TxD, scored_T, concepts_NxD, counted_N, scale, bias, chunk, dtype):
-    """sum_t sum_c softplus(s_tc) over scored tokens and counted concepts, a chunk of concepts at a time."""
-
-    def chunk_sum(concepts_CxD, counted_C):
-        softplus_TxC = jax.nn.softplus(scale * _dots(tokens_TxD, concepts_CxD, dtype) + bias)
-        return jnp.sum(jnp.where(scored_T[:, None] & counted_C[None, :], softplus_TxC, 0.0))
-
-    num_concepts, depth = concepts_NxD.shape
-    if chunk is None or chunk >= num_concepts:
-        return chunk_sum(concepts_NxD, counted_N)
-    missing = -num_concepts % chunk
-    chunks = (
-        jnp.pad(concepts_NxD, ((0, missing), (0, 0))).reshape(-1, chunk, depth),
-        jnp.pad(counted_N, (0, missing)).reshape(-1, chunk),
-    )
-
-    # Checkpointed, so that the backward pass recomputes a chunk's logits instead of keeping all of them.
-    @jax.checkpoint
-    def body(total, one):
-        return total + chunk_sum(*one), None
-
-    # A zero that varies over the mesh as the chunk sums do: shard_map's types ask for it.
-    zero = jnp.sum(tokens_TxD[:0], dtype=jnp.float32)
-    return jax.lax.scan(body, zero, chunks)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dots(a_TxD, b_CxD, dtype):
-    """All dot products of two sets of float32 vectors, multiplied in `dtype` and added in float32, gradients too."""
-    return jnp.einsum("td,cd->tc", a_TxD.astype(dtype), b_CxD.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _dots_forward(a_TxD, b_CxD, dtype):
-    return _dots(a_TxD, b_CxD, dtype), (a_TxD.astype(dtype), b_CxD.astype(dtype))
-
-
-def _dots_backward(dtype, vectors, grad_TxC):
-    (a_TxD, b_CxD), grad_TxC = vectors, grad_TxC.astype(dtype)
-    return (
-        jnp.einsum("tc,cd->td", grad_TxC, b_CxD, preferred_element_type=jnp.float32),
-        jnp.einsum("tc,td->cd", grad_TxC, a_TxD, preferred_element_type=jnp.float32),
-    )
-
-
-_dots.defvjp(_dots_forward, _dots_backward)
+    return counted_Qxs, row, jnp.where(own, slot, -1)

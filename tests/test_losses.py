@@ -83,7 +83,7 @@ def sharded(inputs, shape, chunk=None):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), *MESHES], ids=str)
-@pytest.mark.parametrize("chunk", [None, 7, 40])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 20, 40])
 def test_value_and_gradients_equal_the_reference_on_every_mesh(shape, chunk):
     inputs = make_inputs()
     (_, expected), expected_grads = reference(inputs)
@@ -123,6 +123,27 @@ def test_bf16_gradients_are_those_of_the_reference_within_bf16():
     )[1]
     for a, e in zip(actual_grads[:2], expected_grads[:2], strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), e, rtol=2**-7, atol=2**-7 * np.abs(e).max())
+
+
+def test_memory_does_not_grow_with_the_concepts():
+    """Of the compiled program for value and gradients: beside the vectors and their gradients themselves."""
+
+    def temporary_bytes(concepts: int) -> int:
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+        def loss(tokens, concepts, scale, bias, scored, ids, positions, pair_concepts):
+            return losses.contrastive_loss(
+                mesh, tokens, scored, concepts, ids, positions, pair_concepts, scale, bias, chunk=1024
+            )["loss"]
+
+        ints, rows = jnp.int32, 64
+        shapes = [(16, 512, 256), (rows, concepts // rows, 256), (), (), (16, 512), (rows, concepts // rows)]
+        dtypes = [jnp.float32] * 4 + [bool, ints]
+        inputs = map(jax.ShapeDtypeStruct, [*shapes, (16, 64), (16, 64)], [*dtypes, ints, ints])
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3))).lower(*inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(65536) <= 1.3 * temporary_bytes(1024)
 
 
 def test_the_inputs_repeat_concepts_across_devices():

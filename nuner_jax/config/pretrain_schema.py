@@ -166,7 +166,7 @@ def _loss() -> ConfigDict:
             "bias": -6.0,  # initial bias, the log of the positive rate: calm first steps (the paper's form: 0, fixed)
             "learn_bias": True,  # the paper's form: False
             "normaliser": "positives",  # what the summed loss is divided by: "positives" or "pairs"
-            "chunk": config_dict.placeholder(int),  # concepts scored at once; None: all (fast while they fit)
+            "chunk": 4096,  # concepts scored at once, at most: memory grows with it, not with the batch's; None: all
         }
     ).lock()
 
