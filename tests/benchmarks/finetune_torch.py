@@ -19,21 +19,20 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
 import numpy as np
+from processes import ROOT, timed
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nuner_jax import metrics, pretrained, text_encoder  # noqa: E402
-from nuner_jax.data.ner import datasets  # noqa: E402
-from nuner_jax.data.packed_rows import PackedRows  # noqa: E402
-from nuner_jax.decoding import Scheme  # noqa: E402
-from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits  # noqa: E402
-from nuner_jax.workdir import LIBRARIES, command, versions  # noqa: E402
+from nuner_jax import metrics, pretrained, text_encoder
+from nuner_jax.data.ner import datasets
+from nuner_jax.data.packed_rows import PackedRows
+from nuner_jax.decoding import Scheme
+from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits
+from nuner_jax.workdir import LIBRARIES, command, versions
 
 OURS, THEIRS, ARGMAX = "nuner_jax", "PyTorch/transformers", "PyTorch/transformers, argmax"
 SCORES = ("entity_f1", "entity_precision", "entity_recall", "token_macro_f1", "string_f1")
@@ -164,16 +163,6 @@ def run_theirs(options: argparse.Namespace, seed: int) -> dict:
     """The side of PyTorch, in a process of its own."""
     seconds, output = timed([str(pathlib.Path(__file__).resolve()), *sys.argv[1:], f"--torch_seed={seed}"])
     return json.loads(output.splitlines()[-1]) | {"seconds": seconds}
-
-
-def timed(arguments: list[str]) -> tuple[float, str]:
-    """Runs this Python with these arguments: seconds of wall time, and what it printed."""
-    began = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{arguments} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return time.perf_counter() - began, done.stdout
 
 
 def train_torch(options: argparse.Namespace, seed: int) -> dict:
