@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from nuner_jax.errors import NunerError
 from nuner_jax.models.encoder_config import EncoderConfig
@@ -41,18 +42,37 @@ def positions_from_segments(segments_BxL: jax.Array) -> jax.Array:
 class Embeddings(nnx.Module):
     """Word, position and token type vectors, summed in f32 and normalised."""
 
-    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        activations: jax.sharding.NamedSharding | None = None,
+    ):
         self.position_offset = config.position_offset
+        self.whole = None if activations is None else jax.sharding.NamedSharding(activations.mesh, P())
         self.word = _embedding(config.vocab_size, config, rngs)
         self.position = _embedding(config.max_positions, config, rngs)
         self.type = _embedding(config.type_vocab_size, config, rngs)
         self.norm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-        words_BxLxD = self.word(tokens_BxL)
-        positions_BxLxD = self.position(positions_BxL + self.position_offset)
+        words_BxLxD = self._rows(self.word, tokens_BxL)
+        positions_BxLxD = self._rows(self.position, positions_BxL + self.position_offset)
         type_D = self.type.embedding[0]  # Single sentences only: every token is of type 0.
         return self.norm(words_BxLxD + positions_BxLxD + type_D)
+
+    def _rows(self, table: nnx.Embed, index_BxL: jax.Array) -> jax.Array:
+        """Rows of a table, NaN beyond its end; a table that is split over devices is made whole first.
+
+        Else each device looks up its part of the width for the rows of all devices, and those vectors, which grow with
+        the devices, are sent in place of the table, which does not.
+        """
+        table_VxD = table.embedding[...]
+        if self.whole is not None:
+            table_VxD = jax.lax.with_sharding_constraint(table_VxD, self.whole)
+        return jnp.take(table_VxD, index_BxL, axis=0)
 
 
 class Attention(nnx.Module):
@@ -132,7 +152,7 @@ class Encoder(nnx.Module):
         _check_attention(attention_implementation, dtype)
         self.config = config
         self.activations = activations
-        self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
+        self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs, activations=activations)
         self.layers = nnx.List(
             Layer(config, dtype=dtype, implementation=attention_implementation, rngs=rngs)
             for _ in range(config.num_layers)

@@ -1,0 +1,162 @@
+"""Compiles a config for hardware that is not here: `python -m nuner_jax.aot --config=… --topology=v5e:4x4`.
+
+Prints what the train step needs on each device (memory, operations, bytes) and what devices send each other; what does
+not fit is told with settings that would. With several topologies (`--topology=cpu:8,cpu:64`) the batch grows with the
+devices, and the table shows which collectives do too. Nothing is trained, no weights are read, and with --shapes no
+data either; the step is the one that `nuner_jax.train` runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from nuner_jax import compiled_step, sharding, sizing, topology, train
+from nuner_jax import workdir as workdir_lib
+from nuner_jax.aot_table import advice_line, growth_lines, lines
+from nuner_jax.config import parse_flags
+from nuner_jax.errors import NunerError, run_command
+from nuner_jax.folders import local_path, writing
+from nuner_jax.tasks import make_task
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, and compiles."""
+    config = train.config_of(argv)
+    if not flags.FLAGS.topology:
+        raise NunerError(f"--topology=NAME is needed. There are {topology.EXISTING}")
+    names = flags.FLAGS.topology.split(",")
+    stated = None if flags.FLAGS.shapes is None else sizing.parse_shapes(flags.FLAGS.shapes)
+    limit = None if flags.FLAGS.memory is None else flags.FLAGS.memory * 1e9
+    figures = compile_all(config, names, stated, limit, say=lambda line: print(line, flush=True))
+    if flags.FLAGS.out:
+        out = local_path(flags.FLAGS.out)
+        with writing(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(_record(config, figures), indent=2) + "\n")
+        print(f"All figures: {out}")
+
+
+def _record(config: ConfigDict, figures: list[dict]) -> dict:
+    """The figures, with what is needed to get them again."""
+    return {
+        "of": config_flags.get_config_filename(flags.FLAGS["config"]),
+        "command": workdir_lib.command(),
+        "versions": workdir_lib.versions(workdir_lib.LIBRARIES),
+        "config": json.loads(config.to_json_best_effort()),
+        "topologies": figures,
+    }
+
+
+def compile_all(
+    config: ConfigDict,
+    names: Sequence[str],
+    stated: Mapping[str, int] | None,
+    limit: float | None,
+    say: Callable[[str], None],
+) -> list[dict]:
+    """The figures of a config on each topology, told as they come.
+
+    Args:
+      config: the resolved config; where there are several topologies its rows are those on the first one.
+      names: of topologies, see `topology.devices`.
+      stated: the shapes of a batch, see `sizing.parse_shapes`; None: the config's data tells.
+      limit: bytes of a device's memory, where it is not to be that of the topology.
+      say: is told the tables.
+
+    Raises:
+      NunerError: no such topology, or one that the config does not fit: its mesh, its rows, its attention.
+    """
+    figures = []
+    every = topology.devices(names)
+    for name, devices in zip(names, every, strict=True):
+        grown = _grown(config, len(devices), len(every[0]))
+        one = figures_of(grown, devices, stated, limit)
+        figures.append({"topology": name, **one})
+        for line in lines(figures[-1]):
+            say(line)
+        if not one["memory"]["fits"]:
+            say("Settings that need less, compiled one by one:")
+            one["advice"] = []
+            for advice in _advice(grown, devices, stated, limit):
+                one["advice"].append(advice)
+                say(advice_line(advice))
+            figures[-1] = {"topology": name, **one}
+    if len(figures) > 1:
+        for line in growth_lines(figures):
+            say(line)
+    return figures
+
+
+def _grown(config: ConfigDict, devices: int, first: int) -> ConfigDict:
+    """The config with as many rows for each device as it has on the first topology."""
+    grown = copy.deepcopy(config)
+    for group, key in (("data", "rows"), ("data", "row_multiple"), ("eval", "rows")):
+        if key in config[group]:
+            if config[group][key] * devices % first:
+                raise NunerError(
+                    f"config.{group}.{key} = {config[group][key]} on {first} devices is no whole number on {devices}: "
+                    "name the topologies from the smallest to the largest"
+                )
+            grown[group][key] = config[group][key] * devices // first
+    return grown
+
+
+def figures_of(
+    config: ConfigDict, devices: Sequence[jax.Device], stated: Mapping[str, int] | None, limit: float | None
+) -> dict:
+    """What the compiled step of a config tells on these devices; see `compiled_step.figures`."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    if stated is not None and config.task != "pretrain":
+        raise NunerError(f"--shapes is for config.task = 'pretrain'; of {config.task!r} the data tells the labels too")
+    task = make_task(config, mesh) if stated is None else sizing.Sized(config, mesh, stated)
+    return compiled_step.figures(config, task, mesh, limit or topology.memory(devices[0]))
+
+
+def _advice(config: ConfigDict, devices, stated, limit) -> Iterator[dict]:
+    """Of each kind of setting the first that fits, or the last that was tried: the keys, and the memory then needed."""
+    for attempts in _alternatives(config, len(devices)):
+        tried = None
+        for changes in attempts:
+            other = copy.deepcopy(config)
+            for key, value in changes.items():
+                group, _, name = key.partition(".")
+                other[group][name] = value
+            try:
+                memory = figures_of(other, devices, stated, limit)["memory"]
+            except NunerError:  # the mesh cannot have it
+                break
+            tried = {"changes": changes, "peak": memory["peak"], "fits": memory["fits"]}
+            if memory["fits"]:
+                break
+        if tried:
+            yield tried
+
+
+def _alternatives(config: ConfigDict, devices: int) -> list[list[dict]]:
+    """Settings that need less memory, kind by kind, from the mildest: config keys and their values."""
+    rows, accumulate, parts = config.data.rows, config.optim.accumulate, devices // max(1, config.mesh.tensor)
+    halvings = [2**n for n in range(1, 5)]
+    kinds = [
+        [{"optim.accumulate": accumulate * n} for n in halvings if rows % (accumulate * n * parts) == 0],
+        [{"mesh.data": 1, "mesh.fsdp": -1}] if config.mesh.fsdp == 1 and config.mesh.tensor != -1 else [],
+        [{"data.rows": rows // n} for n in halvings if rows % (n * accumulate * parts) == 0],
+    ]
+    if "loss" in config and "chunk" in config.loss and (config.loss.chunk or 2**20) > 1024:
+        kinds.insert(1, [{"loss.chunk": 1024}])
+    return kinds
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", None, "Hardware, such as v5e:4x4, v5p:2x2x2 or cpu:8; several, with commas.")
+    flags.DEFINE_string(
+        "shapes", None, "'assumed', or sizes of a batch (pairs_per_row=400,…), if the data is not there to tell them."
+    )
+    flags.DEFINE_float("memory", None, "Memory of one device in GB (1e9 bytes), if not that of the topology.")
+    flags.DEFINE_string("out", None, "JSON file of all figures.")
+    run_command(main, parse_flags)

@@ -1,0 +1,163 @@
+"""The figures of a train step that is compiled and not run: memory, operations, bytes, collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nuner_jax import costs, hlo, sizing
+from nuner_jax.models.params import flatten
+from nuner_jax.program import Program, make_program
+from nuner_jax.tasks.protocol import Task
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> dict:
+    """Compiles the train step, and reads what it tells.
+
+    Args:
+      config: the resolved config.
+      task: of the config.
+      mesh: of devices that need not be here.
+      limit: bytes of memory of one device, if known.
+
+    Returns:
+      JSON: `devices`, `mesh`, `batch` (its shapes); `memory` (bytes on one device; where the compiler refused for lack
+      of it, what it said is `refused`); `operations` (`model`, of the whole step as `nuner_jax.costs` counts them, in
+      all and by part; `compiled`, of one device as XLA counts them, a loop's body once); `bytes_accessed` of one
+      device, counted likewise; `collectives`, one entry for each kind and what it carries.
+    """
+    program = make_program(config, task, mesh)
+    batch = task.abstract_batch() if isinstance(task, sizing.Sized) else sizing.batch_shapes(_first_batch(task), mesh)
+    parts = task.costs()
+    found = {
+        "devices": {"number": mesh.devices.size, "kind": mesh.devices.flat[0].device_kind},
+        "mesh": dict(mesh.shape),
+        "batch": {name: list(leaf.shape) for name, leaf in batch.items()},
+        "operations": {
+            "model": costs.total(parts.values()).operations,
+            "parts": {name: part.both.operations for name, part in parts.items()},
+        },
+    }
+    held = _held(program, batch)
+    try:
+        compiled = program.train_step.lower(program.abstract, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"memory": _refused(held, str(error), limit), "collectives": []}
+    counted = compiled.cost_analysis()
+    found["operations"]["compiled"] = counted["flops"]
+    return found | {
+        "memory": _memory(held, compiled.memory_analysis(), limit),
+        "bytes_accessed": counted["bytes accessed"],
+        "collectives": summary(hlo.collectives(compiled.as_text()), program.abstract.params),
+    }
+
+
+def _first_batch(task: Task) -> dict[str, np.ndarray]:
+    return task.train_batch(0, np.arange)
+
+
+def _held(program: Program, batch: dict) -> dict[str, int]:
+    """Bytes on one device of what the step is given."""
+    return {
+        "parameters": _shard_bytes(jax.tree.leaves(program.abstract.params)),
+        "optimizer": _shard_bytes(jax.tree.leaves(program.abstract.opt_state)),
+        "batch": _shard_bytes(batch.values()),
+    }
+
+
+def _shard_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _memory(held: dict[str, int], stats, limit: float | None) -> dict:
+    """Bytes on one device while the step runs; the state is donated, so that its new values need no more room."""
+    peak = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    return {
+        **held,
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "donated": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+        "peak": peak,
+        "limit": limit,
+        "fits": limit is None or peak <= limit,
+    }
+
+
+def _refused(held: dict[str, int], said: str, limit: float | None) -> dict:
+    """What is known where the compiler found no room: its own account of what is needed."""
+    match = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)", said)
+    peak = float(match[1]) * _UNITS[match[2]] if match else None
+    limit = float(match[3]) * _UNITS[match[4]] if match else limit
+    temporaries = None if peak is None else max(0.0, peak - sum(held.values()))
+    refused = said.strip().splitlines()[0]
+    return {**held, "temporaries": temporaries, "peak": peak, "limit": limit, "fits": False, "refused": refused}
+
+
+@dataclasses.dataclass
+class _Row:
+    """Collectives of one kind that carry the same thing: how many run in a step, and bytes of one device."""
+
+    number: int = 0
+    bytes: int = 0
+    sent: float = 0.0
+
+
+def summary(collectives: Iterable[hlo.Collective], params: dict) -> list[dict]:
+    """The collectives of a step, by kind and by what they carry.
+
+    What they carry is "parameters" or "gradients" where an array has the size of a parameter (or of a device's part of
+    one), "scalars", "concepts" where the code of the loss asks for it, and else the operation that XLA had to do it
+    for. One that carries several arrays counts in the row of each of them, as its share of their bytes.
+
+    Args:
+      collectives: see `hlo.collectives`.
+      params: the parameters' shapes and places.
+    """
+    sizes = set()
+    for leaf in flatten(params).values():
+        sizes |= {math.prod(leaf.shape), math.prod(leaf.sharding.shard_shape(leaf.shape))}
+    collectives = list(collectives)
+    # What a compiler makes of a scattered sum may have lost its name; its size is that of the gather before it.
+    scattered = {math.prod(shape) for one in collectives if "shard_map" in one.origin for _, shape in one.arrays}
+    rows: dict[tuple[str, str], _Row] = {}
+    for one in collectives:
+        carried: dict[str, int] = {}
+        for (dtype, shape), size in zip(one.arrays, one.sizes, strict=True):
+            floats = dtype.startswith(("f", "bf"))
+            of = _carried(one, math.prod(shape), sizes if floats else set(), scattered)
+            carried[of] = carried.get(of, 0) + size
+        for of, size in carried.items():
+            row = rows.setdefault((one.kind, of), _Row())
+            row.number += one.times
+            row.bytes += one.times * size
+            row.sent += one.times * size * one.sent_share
+    return [{"kind": kind, "of": of, **dataclasses.asdict(row)} for (kind, of), row in sorted(rows.items())]
+
+
+def _carried(one: hlo.Collective, elements: int, parameter_sizes: set[int], concept_sizes: set[int]) -> str:
+    if elements <= 1:
+        return "scalars"
+    if elements in parameter_sizes:
+        return "parameters" if one.kind == "all-gather" else "gradients"
+    if "shard_map" in one.origin or (not one.origin and elements in concept_sizes):
+        return "concepts"
+    return one.origin.rpartition("/")[2] or "unnamed"
