@@ -19,12 +19,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 
-# The modules that can be run, as COMMAND names them, on one line.
-commands() {
-  grep -rl --include='*.py' '^if __name__ == "__main__":' nuner_jax |
-    sed -e 's|^nuner_jax/||' -e 's|\.py$||' -e 's|/__main__$||' -e 's|/|.|g' | sort | paste -sd' ' -
-}
-
 main() {
   local command="${1:-}"
   case "$command" in
@@ -33,10 +27,9 @@ main() {
       printf '\ncommands: %s\n' "$(commands)"
       return
       ;;
-    "") die "no command: launch/local.sh --help tells how to use it. Commands: $(commands)" ;;
   esac
+  check_command launch/local.sh "$command"
   shift
-  [[ " $(commands) " == *" $command "* ]] || die "no command '$command'. Commands: $(commands)"
   set_up "${NUNER_EXTRAS:-}"
   exec "$VENV_PYTHON" -m "nuner_jax.$command" "$@"
 }

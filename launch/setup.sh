@@ -15,6 +15,18 @@ usage() {
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"
 }
 
+# The modules that can be run, as COMMAND names them, on one line.
+commands() {
+  grep -rl --include='*.py' '^if __name__ == "__main__":' nuner_jax |
+    sed -e 's|^nuner_jax/||' -e 's|\.py$||' -e 's|/__main__$||' -e 's|/|.|g' | sort | paste -sd' ' -
+}
+
+# check_command SCRIPT COMMAND: dies if there is no such module.
+check_command() {
+  [[ -n "$2" ]] || die "no command: $1 --help tells how to use it. Commands: $(commands)"
+  [[ " $(commands) " == *" $2 "* ]] || die "no command '$2'. Commands: $(commands)"
+}
+
 # set_up EXTRAS [PACKAGE...]: the project, editable, with these extras ("" for none); then the
 # packages by themselves, without the dependencies that they declare.
 set_up() {

