@@ -29,6 +29,7 @@ class Progress:
         total: int,
         log_every: int,
         counts: Sequence[str],
+        full_rate_seconds: float | None,
         waited: Callable[[], float],
         last_good: Callable[[], str],
         writer: MetricWriter | NoWriter,
@@ -40,12 +41,13 @@ class Progress:
           step, total: steps done, and to do in all.
           log_every: steps between lines.
           counts: metrics that are amounts of a step (tokens, …): they are shown as rates; others are averaged.
+          full_rate_seconds: that a step would take at the devices' full matrix rate; None: unknown.
           waited: seconds spent waiting for data so far.
           last_good: says which checkpoint to fall back on.
           writer, console: where lines go.
         """
         self._step, self._total, self._log_every = step, total, log_every
-        self._counts, self._waited = counts, waited
+        self._counts, self._waited, self._full_rate_seconds = counts, waited, full_rate_seconds
         self._last_good, self._writer, self._console = last_good, writer, console
         self._pending: tuple[int, dict] | None = None
         self._compiled = False
@@ -90,9 +92,10 @@ class Progress:
             self._compiled = True  # the first step compiles: its time says nothing about the next ones
             self._start_clock()
         due = step % self._log_every == 0 or step == self._total
-        self._show(step, values["loss"], due)
+        pace = self._pace()
+        self._show(step, values["loss"], pace, due)
         if due:
-            self._log(step)
+            self._log(step, pace)
 
     @contextlib.contextmanager
     def paused(self):
@@ -118,33 +121,35 @@ class Progress:
         return max(1e-9, time.perf_counter() - self._began - self._paused)
 
     def _pace(self) -> dict[str, float]:
-        """Time per step and amounts per second of the steps that were timed in this interval, if any."""
+        """Time per step, amounts per second and utilisation of the steps that were timed in this interval, if any."""
         steps, elapsed = self._steps - self._untimed_steps, self._elapsed()
         if not steps:
             return {}
-        return {
+        pace = {
             f"{name}_per_second": (self._sums[name] - self._untimed_sums.get(name, 0.0)) / elapsed
             for name in self._counts
-        } | {
-            "seconds_per_step": elapsed / steps,
-            "data_wait_share": min(1.0, (self._waited() - self._waited_before) / elapsed),
         }
+        pace["seconds_per_step"] = elapsed / steps
+        pace["data_wait_share"] = min(1.0, (self._waited() - self._waited_before) / elapsed)
+        if self._full_rate_seconds is not None:
+            pace["mfu"] = self._full_rate_seconds * steps / elapsed
+        return pace
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, pace: dict[str, float]) -> None:
         """One line of metrics: means over the interval, rates per second of its training time."""
-        metrics = {name: total / self._steps for name, total in self._sums.items()} | self._pace()
+        metrics = {name: total / self._steps for name, total in self._sums.items()} | pace
         self._writer.write(step, {f"train/{name}": value for name, value in metrics.items()})
         self._begin_interval()
 
-    def _show(self, step: int, loss: float, due: bool) -> None:
+    def _show(self, step: int, loss: float, pace: dict[str, float], due: bool) -> None:
         now = time.perf_counter()
         if not due and now - self._shown < _REFRESH:
             return
         self._shown = now
-        pace = self._pace()
         parts = [f"step {step:,}/{self._total:,}", f"loss {loss:.4f}"]
         if pace:
             rates = [f"{pace[f'{name}_per_second']:,.0f} {name}/s" for name in self._counts[:1]]
             left = duration(pace["seconds_per_step"] * (self._total - step))
+            rates += [f"mfu {pace['mfu']:.1%}"] if "mfu" in pace else []
             parts += [f"{pace['seconds_per_step']:.3g} s/step", *rates, f"{left} left"]
         self._console.progress("  ".join(parts), final=due)

@@ -22,25 +22,33 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices; one axis may be -1, and takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices, or of those given; one axis may be -1, and takes what the others leave.
 
     Raises:
       NunerError: the product of the axes is not the number of devices.
     """
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     open_axes = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
     bad = [axis for axis, size in shape.items() if size == 0 or size < -1]
-    if bad or len(open_axes) > 1 or devices % fixed or (not open_axes and fixed != devices):
+    if bad or len(open_axes) > 1 or count % fixed or (not open_axes and fixed != count):
         raise NunerError(
-            f"config.mesh: {shape} does not fit {devices} device(s) of kind {jax.devices()[0].device_kind!r}; "
+            f"config.mesh: {shape} does not fit {count} device(s) of kind {devices[0].device_kind!r}; "
             "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices"
         )
     for axis in open_axes:
-        shape[axis] = devices // fixed
-    return jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
+        shape[axis] = count // fixed
+    sizes = tuple(shape[axis] for axis in AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:  # a torus cannot be cut into any shape
+        raise NunerError(
+            f"config.mesh: {shape} does not fit the wiring of {count} devices of kind {devices[0].device_kind!r}: "
+            f"{str(error).partition('. ')[0]}"
+        ) from error
 
 
 def local_mesh() -> Mesh:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,14 +18,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nuner_jax import checkpoint, evaluate, export, initialise, optim, sharding, steps
+from nuner_jax import checkpoint, costs, evaluate, export, initialise, sharding
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
+from nuner_jax.device_rates import reference_matrix_rate
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.fewshot import transfer
 from nuner_jax.folders import local_path, writing
 from nuner_jax.preemption import StopRequest
+from nuner_jax.program import make_program
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState
 from nuner_jax.tasks import make_task, run_evaluators
@@ -39,28 +41,36 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, w
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, which JAX finds itself (TPU pods, SLURM).")
 
+_STOPPED = 75  # exit status of a run that was asked to stop: a scheduler is to start it again (sysexits: EX_TEMPFAIL)
 _CLOSING_SECONDS = 24 * 3600  # processes that have ended wait so long for the first one's export and few-shot table
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and trains."""
+    config = config_of(argv)
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
+    join_processes(config)
+    if train(config, workdir) is None:
+        sys.exit(_STOPPED)
+
+
+def config_of(argv: Sequence[str]) -> ConfigDict:
+    """The config of a command line; raises NunerError if there is none, it is wrong, or none of training."""
     if len(argv) > 1:
         raise NunerError(f"unexpected argument {argv[1]!r}: every option begins with --")
     config = _CONFIG.value
     if config is None:
         raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
     config_lib.check(config, tasks=("pretrain", "pretrain_classes", "finetune"))
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
+    return config
+
+
+def join_processes(config: ConfigDict) -> None:
+    """Connects the processes of a run that has several, and says where compiled programs are kept."""
     if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
         compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(compiled))
-    _join_processes()
-    train(config, workdir)
-
-
-def _join_processes() -> None:
-    """Connects the processes of a run that has several."""
     cluster = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     if any(value is not None for value in cluster) and None in cluster:
         raise NunerError("--coordinator, --num_processes and --process_id go together (or --distributed alone)")
@@ -68,7 +78,7 @@ def _join_processes() -> None:
         jax.distributed.initialize(*cluster, shutdown_timeout_seconds=_CLOSING_SECONDS)
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+def train(config: ConfigDict, workdir: Path) -> dict[str, float] | None:
     """Trains the task of a config to its last step, until its patience is at an end, or until it is asked to stop.
 
     Args:
@@ -76,7 +86,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       workdir: where checkpoints, metrics and all else goes; if it holds a checkpoint, the run resumes.
 
     Returns:
-      The metrics of the best checkpoint, those of the final evaluation among them.
+      The metrics of the best checkpoint, those of the final evaluation among them; None where it was asked to stop,
+      and has saved.
 
     Raises:
       NunerError: bad input, named before anything is compiled; a loss that is not finite, with its step.
@@ -86,11 +97,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     with writing(workdir):
         run = prepare(config, workdir, console)
         stopped_by = loop(run, console)
-        metrics = run.checkpoints.metrics(run.checkpoints.best)
         if stopped_by:
             console.say(f"{stopped_by}: saved at step {run.checkpoints.latest:,}; the same command resumes there")
-            return metrics
-        metrics = metrics | _final_metrics(run)
+            return None
+        metrics = run.checkpoints.metrics(run.checkpoints.best) | _final_metrics(run)
         if jax.process_index() == 0:
             _finish(run, metrics, began, console)
     return metrics
@@ -122,34 +132,28 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     for line in task.describe():
         console.say(line)
 
-    total = config.steps if config.steps is not None else math.ceil(config.epochs * task.steps_per_epoch)
-    o = config.optim
-    schedule = optim.learning_rate(
-        o.schedule, peak=config.lr, end=o.end_lr, warmup_steps=round(o.warmup * total), total_steps=total
-    )
-    optimizer = optim.make_optimizer(
-        schedule,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        clip_norm=o.clip_norm,
-        share=task.learning_rate_share,
-    )
-    abstract = initialise.abstract_state(task, optimizer, mesh, config.mesh.rules)
-    checkpoint.check_space(workdir, abstract, config.checkpoint.keep)
+    program = make_program(config, task, mesh)
+    checkpoint.check_space(workdir, program.abstract, config.checkpoint.keep)
     checkpoints = checkpoint.Checkpoints(
         workdir, keep=config.checkpoint.keep, best_metric=task.best_metric, best_is_lower=task.best_is_lower
     )
-    start = initialise.start(config, task, optimizer, checkpoints, abstract)
+    start = initialise.start(config, task, program.optimizer, checkpoints, program.abstract)
     console.say(f"initialisation: {start.origin}")
     for change in workdir_lib.write_config(config, workdir, start.resumed):
         console.say(f"config changed since the last start: {change}")
     if jax.process_index() == 0:
         task.save_assets(workdir)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    train_step = steps.make_train_step(task, optimizer, schedule, shardings, mesh, config.seed)
-    return Run(config, workdir, mesh, task, train_step, checkpoints, start.state, start.resumed, total)
+    return Run(
+        config,
+        workdir,
+        mesh,
+        task,
+        program.train_step,
+        checkpoints,
+        start.state,
+        start.resumed,
+        program.total_steps,
+    )
 
 
 def loop(run: Run, console: Console) -> str | None:
@@ -164,13 +168,14 @@ def loop(run: Run, console: Console) -> str | None:
         writer = MetricWriter(run.workdir, step if run.resumed else None) if console.active else NoWriter()
         stack.callback(writer.close)
         stack.callback(checkpoints.close)
-        batches = Prefetch(functools.partial(_global_batch, run), step, total, config.data.prefetch)
+        batches = Prefetch(functools.partial(global_batch, run), step, total, config.data.prefetch)
         stack.callback(batches.close)
         progress = Progress(
             step=step,
             total=total,
             log_every=config.log_every,
             counts=run.task.counts,
+            full_rate_seconds=_full_rate_seconds(run, console),
             waited=lambda: batches.waited,
             last_good=lambda: _last_good(checkpoints),
             writer=writer,
@@ -200,14 +205,29 @@ def loop(run: Run, console: Console) -> str | None:
                     checkpoints.save(state, metrics, run.task.export_info())
             if last or stopped_by:
                 break
-            state, step_metrics = run.train_step(state, batches.get())
+            batch = batches.get()
+            with jax.transfer_guard("disallow"):  # a step that moves data unasked would wait for it every time
+                state, step_metrics = run.train_step(state, batch)
             step += 1
             progress.step(step, step_metrics)
         checkpoints.wait()
         return stopped_by
 
 
-def _global_batch(run: Run, step: int) -> dict[str, jax.Array]:
+def _full_rate_seconds(run: Run, console: Console) -> float | None:
+    """How long a step would take if it were matrix products alone, at their full rate; only the one who tells asks."""
+    if not console.active:
+        return None
+    rate = reference_matrix_rate(run.config.model.dtype)
+    operations = costs.total(run.task.costs().values()).operations
+    console.say(
+        f"a step: {operations:.3g} operations; mfu is the share of {rate.per_second:.3g} a second and device, "
+        f"{rate.origin}"
+    )
+    return operations / (rate.per_second * run.mesh.size)
+
+
+def global_batch(run: Run, step: int) -> dict[str, jax.Array]:
     """The batch of a step on the devices: each process gathers its own rows."""
     place = sharding.batch_sharding(run.mesh)
     batch = run.task.train_batch(step, lambda rows: sharding.local_rows(place, rows))

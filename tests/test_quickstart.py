@@ -84,6 +84,15 @@ def test_the_quickstart_ends_with_what_pre_training_has_gained(clone, quickstart
     assert all(name in quickstart[table:] for name in ("travel_desk", "lab_notes", "mean of 2 sets", "… minus before"))
 
 
+def test_the_speed_of_the_quickstart_is_measured(clone, quickstart):
+    printed = launch(clone, "launch/local.sh benchmark --config=configs/quickstart.py --steps=3 --warmup=1")
+    figures = json.loads((clone / "runs" / "benchmark_quickstart.json").read_text())
+    assert f"{figures['step']['mfu']:.1%} (model FLOP utilisation)" in printed
+    assert figures["run"]["steps"] == 617
+    logged = [line for line in read_metrics(clone / "runs" / "quickstart") if "train/mfu" in line]
+    assert logged and all(line["train/mfu"] > 0 for line in logged)
+
+
 def test_the_finished_run_is_measured_against_its_start(clone, quickstart):
     command = "launch/local.sh fewshot --config=configs/fewshot.py:runs/quickstart,runs/quickstart@start"
     printed = launch(clone, f"{command} --config.k='(2,)' --config.head.steps=20")

@@ -153,7 +153,7 @@ class Clock:
 class Run:
     """A run of steps of known length and loss, watched by Progress."""
 
-    def __init__(self, workdir, clock, *, log_every=4, total=100, compile_seconds=50.0):
+    def __init__(self, workdir, clock, *, log_every=4, total=100, compile_seconds=50.0, full_rate_seconds=0.5):
         self.workdir, self.clock, self.compile_seconds = workdir, clock, compile_seconds
         self.waited, self.step = 0.0, 0
         self.writer = MetricWriter(workdir, None)
@@ -162,6 +162,7 @@ class Run:
             total=total,
             log_every=log_every,
             counts=("tokens",),
+            full_rate_seconds=full_rate_seconds,
             waited=lambda: self.waited,
             last_good=lambda: "The last good checkpoint is number 7.",
             writer=self.writer,
@@ -201,6 +202,7 @@ def test_lines_hold_means_over_their_interval_and_rates_without_compiling(tmp_pa
         assert line["seconds_per_step"] == pytest.approx(2)
         assert line["tokens_per_second"] == pytest.approx(150)
         assert line["data_wait_share"] == pytest.approx(0.25)
+        assert line["mfu"] == pytest.approx(0.25)
     assert first["grad_norm"] == 1 and first["param_norm"] == 9
 
 
@@ -266,4 +268,11 @@ def test_the_line_for_the_terminal_tells_step_loss_rate_and_time_left(tmp_path, 
     run = Run(tmp_path, clock, total=1004)
     run.steps(4)
     run.progress.flush()
-    assert capsys.readouterr().out == "step 4/1,004  loss 4.0000  2 s/step  150 tokens/s  33 min 20 s left\n"
+    assert capsys.readouterr().out == "step 4/1,004  loss 4.0000  2 s/step  150 tokens/s  mfu 25.0%  33 min 20 s left\n"
+
+
+def test_where_the_matrix_rate_is_unknown_nothing_is_said_of_it(tmp_path, clock, capsys):
+    run = Run(tmp_path, clock, full_rate_seconds=None)
+    run.steps(4)
+    run.progress.flush()
+    assert "mfu" not in run.lines()[0] and "mfu" not in capsys.readouterr().out

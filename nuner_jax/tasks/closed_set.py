@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import pretrained, sharding, text_encoder
+from nuner_jax import costs, pretrained, sharding, text_encoder
 from nuner_jax.data import classes as classes_lib
 from nuner_jax.data.corpus import Corpus
 from nuner_jax.data.loader import PackedLoader, visits
@@ -127,6 +127,11 @@ class ClosedSet(Task):
         """Of every token: [R, L, C] float32."""
         return params_lib.merge(self._graphdef, params)(batch["tokens"], batch["segments"], None, dropout_key)
 
+    def vectors(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> jax.Array:
+        """Of every token: [R, L, D]."""
+        tagger = params_lib.merge(self._graphdef, params)
+        return tagger.vectors(batch["tokens"], batch["segments"], None, dropout_key)
+
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """The cross-entropy of the tokens that have a label, and what the batch held."""
         return self._loss_sums(self._logits(params, batch, dropout_key), batch)
@@ -162,6 +167,17 @@ class ClosedSet(Task):
         accumulate, rows = self._config.optim.accumulate, local_rows(self.loader.shapes.rows)
         parts = [_batch(self.loader, step * accumulate + part, rows) for part in range(accumulate)]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, costs.Part]:
+        """The encoder and the head, which reads every token."""
+        shapes, encoder, model = self.loader.shapes, self.text_config, self._config.model
+        text = costs.whole(shapes.rows, shapes.row_length, self._config.optim.accumulate)
+        if batch is not None:
+            text = costs.within(batch["segments"])
+        return costs.tagger(
+            costs.encoder(encoder, text, frozen_layers=model.frozen_layers, itemsize=jnp.dtype(model.dtype).itemsize),
+            costs.head(text, [(encoder.hidden_size, len(self._count_C))], model.frozen_layers < encoder.num_layers),
+        )
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Loss, accuracy and F1 on the validation split."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import losses, pretrained, sharding
+from nuner_jax import costs, losses, pretrained, sharding
 from nuner_jax.data.loader import PackedLoader
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
@@ -39,9 +39,13 @@ class Pretrain(Task):
         self.best_is_lower = self.best_metric == "validation/loss"
         text_tower.check_platform(config, mesh, {"config.data.row_multiple": config.data.row_multiple})
         self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
-        self.tokenizer = self._load_tokenizer()
         self._graphdef, self._abstract = params_lib.split(nnx.eval_shape(lambda: self._towers(nnx.Rngs(0))))
-        data = config.data
+        self._open_data(say)
+
+    def _open_data(self, say: Callable[[str], None]) -> None:
+        """Opens (or builds) both splits, and measures the static shapes of a batch."""
+        config, data = self._config, self._config.data
+        self.tokenizer = self._load_tokenizer()
         self.corpus, self.validation = open_corpora(
             data,
             self.tokenizer,
@@ -121,18 +125,25 @@ class Pretrain(Task):
         learned = {"logit/log_scale": self._config.loss.learn_scale, "logit/bias": self._config.loss.learn_bias}
         return not learned.get(path, True)
 
-    def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
-        """The sums of the contrastive loss, and what the batch held."""
+    def vectors(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Those of the tokens [R, L, D] and of the concepts [Q, S, D]."""
         towers = params_lib.merge(self._graphdef, params)
         text_key, concept_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        scale, bias = towers.logit()
+        slots = batch["concept_ids"].shape[1]
+        return (
+            towers.token_vectors(batch["tokens"], batch["segments"], text_key),
+            towers.concept_vectors(batch["concept_tokens"], batch["concept_segments"], slots, concept_key),
+        )
+
+    def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+        """The sums of the contrastive loss, and what the batch held."""
+        tokens_RxLxD, concepts_QxSxD = self.vectors(params, batch, dropout_key)
+        scale, bias = params_lib.merge(self._graphdef, params).logit()
         sums = losses.contrastive_loss(
             self._mesh,
-            towers.token_vectors(batch["tokens"], batch["segments"], text_key),
+            tokens_RxLxD,
             batch["scored"],
-            towers.concept_vectors(
-                batch["concept_tokens"], batch["concept_segments"], batch["concept_ids"].shape[1], concept_key
-            ),
+            concepts_QxSxD,
             batch["concept_ids"],
             batch["pair_positions"],
             batch["pair_concepts"],
@@ -145,10 +156,12 @@ class Pretrain(Task):
             "sequences": (batch["segments"][:, 1:] != batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0),
             "concepts": batch["concept_ids"] >= 0,
             "concept_tokens": batch["concept_segments"] > 0,
-            "dropped": jnp.concatenate([batch["dropped_pairs"], batch["dropped_concepts"]]),
+            "dropped": batch["dropped_pairs"],
         }
         sums |= {name: jnp.sum(value, dtype=jnp.float32) for name, value in counts.items()}
         sums["sequences"] += jnp.sum(batch["segments"][:, 0] > 0, dtype=jnp.float32)
+        # Added up apart: put together first, they would be gathered from all devices.
+        sums["dropped"] += jnp.sum(batch["dropped_concepts"], dtype=jnp.float32)
         return sums | {"weight": sums[self._config.loss.normaliser], "scale": scale, "bias": bias, "parts": 1.0}
 
     def metrics(self, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -174,6 +187,25 @@ class Pretrain(Task):
         text, concepts = local_rows(shapes.rows), local_rows(shapes.concept_rows)
         parts = [self.loader.batch(step * accumulate + part, text, concepts) for part in range(accumulate)]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, costs.Part]:
+        """Both towers and the loss; without a batch every token is scored against every slot of a concept."""
+        model, shapes, passes = self._config.model, self.loader.shapes, self._config.optim.accumulate
+        if batch is None:
+            text = costs.whole(shapes.rows, shapes.row_length, passes)
+            concept = costs.whole(shapes.concept_rows, shapes.concept_row_length, passes)
+            scored_A = np.full(passes, shapes.rows * shapes.row_length)
+            concepts_A = np.full(passes, shapes.concept_rows * shapes.concepts_per_row)
+        else:
+            text, concept = costs.within(batch["segments"]), costs.within(batch["concept_segments"])
+            scored_A, concepts_A = batch["scored"].sum((1, 2)), (batch["concept_ids"] >= 0).sum((1, 2))
+        size = jnp.dtype(model.dtype).itemsize
+        pairs, vectors = float(scored_A @ concepts_A), float(np.sum(scored_A + concepts_A))
+        return costs.two_towers(
+            costs.encoder(self.text_config, text, frozen_layers=model.frozen_layers, itemsize=size),
+            costs.encoder(self.concept_config, concept, frozen_layers=0, itemsize=size),
+            costs.contrastive_loss(pairs, vectors, self.text_config.hidden_size, size),
+        )
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Loss and retrieval on the validation split."""
@@ -283,7 +315,7 @@ def _encoder_config(config: ConfigDict, tower: str) -> EncoderConfig:
     if config.model.init == "scratch":
         encoder = EncoderConfig.from_hf(config.model.encoder.to_dict())
     else:
-        encoder = pretrained.load_encoder_config(pretrained.resolve(config.model[tower]))
+        encoder = pretrained.load_encoder_config(pretrained.resolve(config.model[tower], (pretrained.CONFIG,)))
     return dataclasses.replace(encoder, dropout=config.model.dropout)
 
 

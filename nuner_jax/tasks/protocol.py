@@ -9,6 +9,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from nuner_jax.costs import Part
+
 Evaluator = Callable[[dict], Iterable[tuple[str, float]]]
 """Takes the parameters (global arrays), yields (metric name, value)."""
 
@@ -47,6 +49,9 @@ class Task(Protocol):
         """The share of the learning rate that the parameter of this "/"-joined path has."""
         return 1.0
 
+    def vectors(self, params: dict, batch: dict, dropout_key: jax.Array | None):
+        """What the encoders make of one micro-batch, before any head or loss: arrays."""
+
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Sums over one micro-batch: `loss` (differentiated), `weight` (its divisor) and whatever `metrics` needs."""
 
@@ -55,6 +60,13 @@ class Task(Protocol):
 
     def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The batch of this step, arrays [A, rows, ...]: this process's rows of each."""
+
+    def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, Part]:
+        """What each part of a step costs, the optimizer left out.
+
+        Args:
+          batch: all rows of a step's batch: what its tokens and concepts need; None: what is computed, padding and all.
+        """
 
     def evaluators(self) -> dict[str, Evaluator]:
         """The evaluations to run while training, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import pretrained, sharding, text_encoder
+from nuner_jax import costs, pretrained, sharding, text_encoder
 from nuner_jax.data.ner import datasets
 from nuner_jax.data.ner.set_spec import resolve
 from nuner_jax.data.records import Record
@@ -158,6 +159,11 @@ class Tagging(Task):
             return self._config.optim.head_factor
         return self._config.optim.layer_decay ** (self.text_config.num_layers + 1 - text_tower.depth(path))
 
+    def vectors(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> jax.Array:
+        """Of every word: [R, V, D]."""
+        tagger = params_lib.merge(self._graphdef, params)
+        return tagger.vectors(batch["tokens"], batch["segments"], batch["positions"], dropout_key)
+
     def sums(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """The weighted cross-entropy of the words, and what the batch held."""
         tagger = params_lib.merge(self._graphdef, params)
@@ -189,6 +195,23 @@ class Tagging(Task):
         batch = {name: np.stack([one[name] for one in parts]) for name in parts[0]}
         words = batch.pop("words")
         return batch | {"labels": np.where(words >= 0, self.splits["train"].labels_W[words], -1)}
+
+    def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, costs.Part]:
+        """The encoder, and the head, which reads the words."""
+        packing, encoder, model = self.loader.packing, self.text_config, self._config.model
+        passes = self._config.optim.accumulate
+        text = costs.whole(packing.rows, packing.row_length, passes)
+        words = costs.whole(packing.rows, self.loader.words_per_row, passes)
+        if batch is not None:
+            text = costs.within(batch["segments"])
+            words = costs.Load(float(np.sum(batch["labels"] >= 0)), 0.0, passes)
+        inputs, classes = len(model.layers) * encoder.hidden_size, len(self.scheme.type_C)
+        widths = [inputs, *([self._config.head.width] if self._config.head.kind == "mlp" else []), classes]
+        size = jnp.dtype(model.dtype).itemsize
+        return costs.tagger(
+            costs.encoder(encoder, text, frozen_layers=self._frozen_layers, itemsize=size),
+            costs.head(words, list(itertools.pairwise(widths)), self._frozen_layers < encoder.num_layers),
+        )
 
     def evaluators(self) -> dict[str, Evaluator]:
         """F1 on the dev split, if there is one."""

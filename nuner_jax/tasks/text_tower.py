@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,10 +19,9 @@ def check_platform(config: ConfigDict, mesh: Mesh, more_rows: Mapping[str, int] 
 
     `more_rows` are those that a task has besides, by their key.
     """
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise NunerError(
-            f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {jax.default_backend()}: take 'xla'"
-        )
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention == "cudnn" and platform != "gpu":
+        raise NunerError(f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {platform}: take 'xla'")
     if config.data.rows % config.optim.accumulate:
         raise NunerError(
             f"config.data.rows = {config.data.rows} is not a multiple of "
