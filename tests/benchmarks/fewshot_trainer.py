@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--k", default="4,16")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--max_sentences", type=int, default=400, help="of each test split")
-    parser.add_argument("--steps", type=int, default=150, help="updates of every head")
+    parser.add_argument("--steps", type=int, default=300, help="updates of every head")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--work", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
