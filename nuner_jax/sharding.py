@@ -36,11 +36,27 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if bad or len(open_axes) > 1 or devices % fixed or (not open_axes and fixed != devices):
         raise NunerError(
             f"config.mesh: {shape} does not fit {devices} device(s) of kind {jax.devices()[0].device_kind!r}; "
-            "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices"
+            "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices: "
+            f"{' or '.join(map(str, _fitting(shape, devices)))} would fit"
         )
     for axis in open_axes:
         shape[axis] = devices // fixed
     return jax.make_mesh(tuple(shape[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _fitting(wanted: dict[str, int], devices: int) -> list[dict[str, int]]:
+    """The (at most three) shapes of so many devices that are nearest to the wanted one: fewest axes changed, least."""
+    divisors = [n for n in range(devices, 0, -1) if devices % n == 0]
+    pairs = [(data, fsdp) for data in divisors for fsdp in divisors if devices // data % fsdp == 0]
+    shapes = [dict(zip(AXES, (data, fsdp, devices // (data * fsdp)), strict=True)) for data, fsdp in pairs]
+
+    def distance(shape: dict[str, int]) -> tuple[int, float]:
+        changed = [
+            abs(math.log(shape[axis] / size)) for axis, size in wanted.items() if size > 0 and size != shape[axis]
+        ]
+        return len(changed), sum(changed)
+
+    return sorted(shapes, key=distance)[:3]
 
 
 def local_mesh() -> Mesh:

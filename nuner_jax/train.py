@@ -15,16 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from nuner_jax import checkpoint, evaluate, export, initialise, optim, sharding, steps
+from nuner_jax import checkpoint, cluster, command, evaluate, export, initialise, optim, sharding, steps
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
-from nuner_jax.errors import NunerError, run_command
+from nuner_jax.errors import run_command
 from nuner_jax.fewshot import transfer
-from nuner_jax.folders import local_path, writing
+from nuner_jax.folders import writing
 from nuner_jax.preemption import StopRequest
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState
@@ -32,40 +31,17 @@ from nuner_jax.tasks import make_task, run_evaluators
 from nuner_jax.tasks.protocol import Task
 from nuner_jax.writers import Console, MetricWriter, NoWriter, duration, plot_training
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes train.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, which JAX finds itself (TPU pods, SLURM).")
-
-_CLOSING_SECONDS = 24 * 3600  # processes that have ended wait so long for the first one's export and few-shot table
-
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and trains."""
-    if len(argv) > 1:
-        raise NunerError(f"unexpected argument {argv[1]!r}: every option begins with --")
-    config = _CONFIG.value
-    if config is None:
-        raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
-    config_lib.check(config, tasks=("pretrain", "pretrain_classes", "finetune"))
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
-    if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
-        compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
-    _join_processes()
-    train(config, workdir)
-
-
-def _join_processes() -> None:
-    """Connects the processes of a run that has several."""
-    cluster = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-    if any(value is not None for value in cluster) and None in cluster:
-        raise NunerError("--coordinator, --num_processes and --process_id go together (or --distributed alone)")
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(*cluster, shutdown_timeout_seconds=_CLOSING_SECONDS)
+    config = command.read_config(
+        argv, tasks=("pretrain", "pretrain_classes", "finetune"), example="configs/quickstart.py"
+    )
+    workdir = command.workdir()
+    command.keep_compiled(config.data.cache_dir)
+    cluster.join(config)
+    with cluster.ending_together():
+        train(config, workdir)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -117,8 +93,9 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     workdir_lib.make(workdir)
     transfer.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    console.say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    console.say(f"devices: {cluster.describe()}, mesh {dict(mesh.shape)}")
     task = make_task(config, mesh, console.say)
+    cluster.same_data(task.export_info()["data"])
     for line in task.describe():
         console.say(line)
 
@@ -272,4 +249,6 @@ def _finish(run: Run, metrics: dict[str, float], began: float, console: Console)
 
 
 if __name__ == "__main__":
+    command.define_flags()
+    cluster.define_flags()
     run_command(main, config_lib.parse_flags)

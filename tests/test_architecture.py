@@ -38,6 +38,7 @@ LAYERS = {
     },
     "tasks": {
         "tasks",
+        "tasks.batches",
         "tasks.closed_set",
         "tasks.corpora",
         "tasks.pretrain",
@@ -119,6 +120,7 @@ LAYERS = {
         "data.records",
         "data.tagged",
         "data.tfds_records",
+        "data.tokens",
         "fewshot",
         "fewshot.features",
         "fewshot.figures",
@@ -153,6 +155,8 @@ LAYERS = {
         "text_encoder",
     },
     "leaves": {
+        "cluster",
+        "command",
         "config",
         "config.annotate_schema",
         "config.fewshot_schema",
@@ -169,6 +173,7 @@ LAYERS = {
         "optim",
         "preemption",
         "progress",
+        "roll_call",
         "sharding",
         "webpage",
         "workdir",
