@@ -37,7 +37,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if bad or len(open_axes) > 1 or count % fixed or (not open_axes and fixed != count):
         raise NunerError(
             f"config.mesh: {shape} does not fit {count} device(s) of kind {devices[0].device_kind!r}; "
-            "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices"
+            "each axis is at least 1 (one may be -1: the rest), and their product is the number of devices: "
+            f"{' or '.join(map(str, _fitting(shape, count)))} would fit"
         )
     for axis in open_axes:
         shape[axis] = count // fixed
@@ -49,6 +50,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"config.mesh: {shape} does not fit the wiring of {count} devices of kind {devices[0].device_kind!r}: "
             f"{str(error).partition('. ')[0]}"
         ) from error
+
+
+def _fitting(wanted: dict[str, int], devices: int) -> list[dict[str, int]]:
+    """The (at most three) shapes of so many devices that are nearest to the wanted one: fewest axes changed, least."""
+    divisors = [n for n in range(devices, 0, -1) if devices % n == 0]
+    pairs = [(data, fsdp) for data in divisors for fsdp in divisors if devices // data % fsdp == 0]
+    shapes = [dict(zip(AXES, (data, fsdp, devices // (data * fsdp)), strict=True)) for data, fsdp in pairs]
+
+    def distance(shape: dict[str, int]) -> tuple[int, float]:
+        changed = [
+            abs(math.log(shape[axis] / size)) for axis, size in wanted.items() if size > 0 and size != shape[axis]
+        ]
+        return len(changed), sum(changed)
+
+    return sorted(shapes, key=distance)[:3]
 
 
 def local_mesh() -> Mesh:

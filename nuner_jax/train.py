@@ -15,17 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from nuner_jax import checkpoint, costs, evaluate, export, initialise, sharding
+from nuner_jax import checkpoint, cluster, command, costs, evaluate, export, initialise, sharding
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.device_rates import reference_matrix_rate
-from nuner_jax.errors import NunerError, run_command
+from nuner_jax.errors import run_command
 from nuner_jax.fewshot import transfer
-from nuner_jax.folders import local_path, writing
+from nuner_jax.folders import writing
 from nuner_jax.preemption import StopRequest
 from nuner_jax.program import make_program
 from nuner_jax.progress import Progress
@@ -34,48 +33,30 @@ from nuner_jax.tasks import make_task, run_evaluators
 from nuner_jax.tasks.protocol import Task
 from nuner_jax.writers import Console, MetricWriter, NoWriter, duration, plot_training
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument if any: x.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/NAME_OF_THE_CONFIG).")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several processes train.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, which JAX finds itself (TPU pods, SLURM).")
-
 _STOPPED = 75  # exit status of a run that was asked to stop: a scheduler is to start it again (sysexits: EX_TEMPFAIL)
-_CLOSING_SECONDS = 24 * 3600  # processes that have ended wait so long for the first one's export and few-shot table
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and trains."""
-    config = config_of(argv)
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = local_path(_WORKDIR.value or f"runs/{Path(config_file.partition(':')[0]).stem}")
-    join_processes(config)
-    if train(config, workdir) is None:
+    config = read_config(argv)
+    workdir = command.workdir()
+    join(config)
+    with cluster.ending_together():
+        metrics = train(config, workdir)
+    if metrics is None:
         sys.exit(_STOPPED)
 
 
-def config_of(argv: Sequence[str]) -> ConfigDict:
-    """The config of a command line; raises NunerError if there is none, it is wrong, or none of training."""
-    if len(argv) > 1:
-        raise NunerError(f"unexpected argument {argv[1]!r}: every option begins with --")
-    config = _CONFIG.value
-    if config is None:
-        raise NunerError("--config=FILE is needed, for example --config=configs/quickstart.py")
-    config_lib.check(config, tasks=("pretrain", "pretrain_classes", "finetune"))
-    return config
+def read_config(argv: Sequence[str]) -> ConfigDict:
+    """The config of a command line that trains, or looks at training; see `command.read_config`."""
+    tasks = ("pretrain", "pretrain_classes", "finetune")
+    return command.read_config(argv, tasks=tasks, example="configs/quickstart.py")
 
 
-def join_processes(config: ConfigDict) -> None:
-    """Connects the processes of a run that has several, and says where compiled programs are kept."""
-    if not jax.config.jax_compilation_cache_dir:  # a second start finds its programs compiled
-        compiled = Path(config.data.cache_dir).expanduser().absolute() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
-    cluster = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-    if any(value is not None for value in cluster) and None in cluster:
-        raise NunerError("--coordinator, --num_processes and --process_id go together (or --distributed alone)")
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(*cluster, shutdown_timeout_seconds=_CLOSING_SECONDS)
+def join(config: ConfigDict) -> None:
+    """Joins the processes of a run that has several, and says where compiled programs are kept."""
+    command.keep_compiled(config.data.cache_dir)
+    cluster.join(config)
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float] | None:
@@ -127,8 +108,9 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     workdir_lib.make(workdir)
     transfer.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    console.say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    console.say(f"devices: {cluster.describe()}, mesh {dict(mesh.shape)}")
     task = make_task(config, mesh, console.say)
+    cluster.same_data(task.export_info()["data"])
     for line in task.describe():
         console.say(line)
 
@@ -292,4 +274,6 @@ def _finish(run: Run, metrics: dict[str, float], began: float, console: Console)
 
 
 if __name__ == "__main__":
+    command.define_flags()
+    cluster.define_flags()
     run_command(main, config_lib.parse_flags)

@@ -91,6 +91,16 @@ def devices() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
+def circumstances(config: ConfigDict) -> dict[str, object]:
+    """What else is needed to get a figure again, for JSON: command, config, devices and versions."""
+    return {
+        "command": command(),
+        "config": json.loads(config.to_json_best_effort()),
+        "devices": devices(),
+        "versions": versions(LIBRARIES),
+    }
+
+
 def write_result(
     workdir: Path, config: ConfigDict, step: int, metrics: dict[str, float], info: dict, began: float
 ) -> Path:
@@ -99,12 +109,9 @@ def write_result(
     result = {
         "step": step,
         "metrics": metrics,
-        "command": command(),
-        "config": json.loads(config.to_json_best_effort()),
+        **circumstances(config),
         "seed": config.seed,
         "data_fingerprint": info["data"],
-        "devices": devices(),
-        "versions": versions(LIBRARIES),
         "seconds_of_last_start": round(time.time() - began, 1),
     }
     path.write_text(json.dumps(result, indent=2) + "\n")

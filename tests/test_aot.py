@@ -8,8 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from nuner_jax import aot, sharding, sizing
 from nuner_jax import config as config_lib
+from nuner_jax import sharding
+from nuner_jax.aot import compile as aot_compile
+from nuner_jax.aot import sizing
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
 
@@ -46,7 +48,7 @@ def config(config_file):
 
 def compile_quietly(config, *names, stated=(), limit=None):
     said = []
-    return aot.compile_all(config, names, dict(stated), limit, said.append), said
+    return aot_compile.compile_all(config, names, dict(stated), limit, said.append), said
 
 
 def carried(figures):

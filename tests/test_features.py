@@ -13,8 +13,8 @@ from nuner_jax import config as config_lib
 from nuner_jax import pretrained, sharding
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.checkpoint import Checkpoints
-from nuner_jax.data.corpus import special_tokens
 from nuner_jax.data.ner.words import word_spans
+from nuner_jax.data.tokens import special_tokens
 from nuner_jax.errors import NunerError
 from nuner_jax.fewshot import features
 from nuner_jax.models.encoder import Encoder, EncoderConfig

@@ -1,11 +1,14 @@
 """Packing: every sequence once, nothing overlaps, rows nearly full, and the plan a function of (seed, epoch)."""
 
+import queue
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nuner_jax.data import packing, ragged
+from nuner_jax.data.packed_rows import RowStream
 from nuner_jax.errors import NunerError
 
 
@@ -36,14 +39,13 @@ def test_sentence_like_lengths_fill_99_percent():
 def test_each_epoch_visits_every_sequence_once_in_another_arrangement():
     lengths = np.random.default_rng(1).integers(3, 30, 500)
     slots = packing.plan_slots(lengths, 64)
-    by_length = np.argsort(lengths, kind="stable")
-    epochs = [packing.assign(slots, by_length, lengths, seed=5, epoch=epoch) for epoch in range(3)]
+    epochs = [packing.assign(slots, lengths, seed=5, epoch=epoch) for epoch in range(3)]
     for sequence_in_slot in epochs:
         assert sorted(sequence_in_slot) == list(range(500))
         np.testing.assert_array_equal(lengths[sequence_in_slot], slots.length_M)
     assert (epochs[0] != epochs[1]).mean() > 0.8
-    np.testing.assert_array_equal(epochs[2], packing.assign(slots, by_length, lengths, seed=5, epoch=2))
-    assert (epochs[0] != packing.assign(slots, by_length, lengths, seed=6, epoch=0)).mean() > 0.8
+    np.testing.assert_array_equal(epochs[2], packing.assign(slots, lengths, seed=5, epoch=2))
+    assert (epochs[0] != packing.assign(slots, lengths, seed=6, epoch=0)).mean() > 0.8
 
 
 def test_rows_are_visited_in_another_order_each_epoch():
@@ -81,3 +83,32 @@ def test_ranges_and_offsets():
     np.testing.assert_array_equal(ragged.ranges([5, 0, 9], [2, 0, 3]), [5, 6, 9, 10, 11])
     np.testing.assert_array_equal(ragged.offsets([2, 0, 3]), [0, 2, 2, 5])
     assert ragged.ranges([], []).size == 0
+
+
+def test_rows_of_many_epochs_come_as_asked_for_and_a_negative_one_is_empty():
+    lengths = np.random.default_rng(2).integers(1, 9, 30)
+    stream = RowStream(lengths, row_length=16, seed=1)
+    numbers = np.random.default_rng(3).permutation(np.arange(-1, 5 * stream.rows_per_epoch))
+    together = stream.placed(numbers)
+    assert (together.rows, together.row_length) == (numbers.size, 16)
+    for place, number in enumerate(numbers.tolist()):
+        alone, mine = stream.placed(np.array([number])), together.row_N == place
+        assert alone.sequence_N.tolist() == together.sequence_N[mine].tolist()
+        assert (alone.start_N + 16 * place).tolist() == together.start_N[mine].tolist()
+        assert bool(mine.any()) == (number >= 0)
+    np.testing.assert_array_equal(np.bincount(together.sequence_N), np.full(30, 5))
+    np.testing.assert_array_equal(together.length_N, lengths[together.sequence_N])
+
+
+@pytest.mark.parametrize(("shuffle", "epochs"), [(True, [0, 1]), (False, [0])])
+def test_the_next_epoch_is_planned_before_it_is_asked_for(monkeypatch, shuffle, epochs):
+    planned, assign = queue.Queue(), packing.assign
+
+    def observed(slots, lengths, seed, epoch):
+        planned.put(epoch)
+        return assign(slots, lengths, seed, epoch)
+
+    monkeypatch.setattr(packing, "assign", observed)
+    RowStream(np.full(20, 4), row_length=8, seed=0, shuffle=shuffle).placed(np.array([0]))
+    assert [planned.get(timeout=60) for _ in epochs] == epochs
+    assert planned.empty()

@@ -1,5 +1,6 @@
 """What the devices hold and what they send each other: rows, parameters, and never whole activations."""
 
+import ast
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from nuner_jax import config as config_lib
 from nuner_jax import losses, sharding
+from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
@@ -97,6 +99,20 @@ def test_no_activation_is_gathered_or_added_up_where_parameters_are_split():
         n * rows for n, rows in ((LENGTH, ROWS), (CONCEPT_LENGTH, CONCEPT_ROWS)) for rows in (1, rows // 8, rows)
     }
     assert not [(operation, shape) for operation, shape in found if lengths & set(shape)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "nearest"),
+    [((3, 1, 1), (8, 1, 1)), ((-1, 3, 1), (2, 4, 1)), ((-1, 1, 16), (1, 1, 8)), ((4, 4, 2), (4, 1, 2))],
+    ids=str,
+)
+def test_an_impossible_mesh_is_told_with_shapes_that_would_fit(axes, nearest):
+    with pytest.raises(NunerError) as error:
+        sharding.make_mesh(*axes)
+    asked, *fitting = (ast.literal_eval(shape) for shape in re.findall(r"{.*?}", str(error.value)))
+    assert str(error.value).startswith("config.mesh: ") and "does not fit 8 device(s) of kind 'cpu'" in str(error.value)
+    assert tuple(asked.values()) == axes and tuple(fitting[0].values()) == nearest
+    assert len(fitting) == 3 and all(sharding.make_mesh(**shape).size == 8 for shape in fitting)
 
 
 def interleaved() -> Mesh:

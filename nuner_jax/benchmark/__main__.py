@@ -14,9 +14,8 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from nuner_jax import train
+from nuner_jax import cluster, command, train
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.benchmark import measure, table
 from nuner_jax.config import parse_flags
@@ -27,23 +26,22 @@ from nuner_jax.writers import Console
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and measures."""
-    config = train.config_of(argv)
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    config = train.read_config(argv)
     steps, warmup = flags.FLAGS.steps, flags.FLAGS.warmup
     if steps < 3 or warmup < 1:
         raise NunerError(f"--steps={steps} --warmup={warmup}: at least 3 steps are timed, after 1 or more")
-    out = local_path(flags.FLAGS.out or f"runs/benchmark_{Path(name.partition(':')[0]).stem}.json")
+    out = local_path(flags.FLAGS.out or f"runs/benchmark_{command.config_stem()}.json")
     cache = Path(config.data.cache_dir).expanduser()
     with writing(out.parent), writing(cache):
         out.parent.mkdir(parents=True, exist_ok=True)
         cache.mkdir(parents=True, exist_ok=True)
-        train.join_processes(config)
+        train.join(config)
         console = Console(jax.process_index() == 0)
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=cache) as folder:
             run = train.prepare(config, Path(folder), console)
             figures = measure.measure(run, steps=steps, warmup=warmup, profile=flags.FLAGS.profile)
             run.checkpoints.close()
-        figures = {"of": name, **figures, **_circumstances(config)}
+        figures = {"of": command.config_name(), **figures, **workdir_lib.circumstances(config)}
         for line in table.lines(figures):
             console.say(line)
         if console.active:
@@ -51,17 +49,9 @@ def main(argv: Sequence[str]) -> None:
             console.say(f"All figures: {out}")
 
 
-def _circumstances(config) -> dict:
-    """What else is needed to get the same figures again."""
-    return {
-        "command": workdir_lib.command(),
-        "devices": workdir_lib.devices(),
-        "versions": workdir_lib.versions(workdir_lib.LIBRARIES),
-        "config": json.loads(config.to_json_best_effort()),
-    }
-
-
 if __name__ == "__main__":
+    command.define_flags(workdir=False)
+    cluster.define_flags()
     flags.DEFINE_integer("steps", 20, "Steps that are timed: so many with batches on the device, and with the loader.")
     flags.DEFINE_integer("warmup", 3, "Steps before them, the one that compiles not counted.")
     flags.DEFINE_string("out", None, "JSON file for all figures (default: runs/benchmark_CONFIG.json).")

@@ -97,7 +97,7 @@ def fewshot() -> ConfigDict:
                 "kinds": ("mlp",),  # "mlp" (two layers; paper, for kw), "linear", or both; "linear" wants more steps
                 # than these, and scores lower
                 "width": 256,  # of the layer between the two
-                "steps": 150,  # updates; the rate falls along a cosine
+                "steps": 300,  # updates; the rate falls along a cosine
                 "lr": 1e-3,  # peak learning rate of AdamW
                 "weight_decay": 0.01,
                 "batch": 512,  # words per update; a smaller support is one batch

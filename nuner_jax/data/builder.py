@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from typing import Any
 from absl import logging
 
 from nuner_jax.data.importers import SAMPLE, ImportOptions, Report, import_records, resolve_inputs
-from nuner_jax.data.records import Entity, Record
+from nuner_jax.data.records import TEXT_HASHES, Record, text_hash
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import locked, workshop, writing
 
 FORMAT_VERSION = 2  # raise it when the same input gives other shards: it is part of every key
 REPORT_FILE = "report.json"
 SHARDS_FOLDER = Path("nuner_records", "1.0.0")  # TFDS: data_dir/name/version
-_HASH_SPACE = 2**64
 _READ_AHEAD = 1024  # records per batched read when iterating over a split
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -56,8 +55,9 @@ class BuildOptions(ImportOptions):
 class RecordSource(Sequence[Record]):
     """Random access to the records of one split; iterating reads ahead in batches."""
 
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, to_record: Callable[[bytes], Record]):
+        """Reads the serialised examples of `source`."""
+        self._source, self._to_record = source, to_record
 
     def __len__(self) -> int:
         return len(self._source)
@@ -67,11 +67,11 @@ class RecordSource(Sequence[Record]):
             return self.__getitems__(range(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return _to_record(self._source[index % len(self)])
+        return self._to_record(self._source[index % len(self)])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         """Many records in one read."""
-        return [_to_record(row) for row in self._source.__getitems__(list(indices))]
+        return [self._to_record(example) for example in self._source.__getitems__(list(indices))]
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), _READ_AHEAD):
@@ -119,11 +119,10 @@ def open_split(data_dir: str | os.PathLike[str], split: str) -> RecordSource:
     if split not in stored["splits"]:
         known = ", ".join(stored["splits"])
         raise NunerError(f"{data_dir}: has no split {split!r}; it has: {known}")
-    import tensorflow_datasets as tfds
+    from nuner_jax.data.tfds_records import open_shards, to_record
 
     _check_files(Path(data_dir), stored["files"])
-    source = tfds.builder_from_directory(Path(data_dir) / SHARDS_FOLDER).as_data_source(split)
-    return RecordSource(source)
+    return RecordSource(open_shards(Path(data_dir) / SHARDS_FOLDER, split), to_record)
 
 
 def build(
@@ -257,7 +256,7 @@ class _Splitter:
     bound: int
 
     def __call__(self, text: str) -> tuple[str, int]:
-        key = _text_hash(text)
+        key = text_hash(text)
         return ("validation" if key < self.bound else "train"), key
 
     @property
@@ -275,13 +274,13 @@ def _spool(records: Iterable[Record], spool: Path, validation_fraction: float) -
     hashes: set[int] = set()
     with open(spool, "wb") as file:
         for count, record in enumerate(records, start=1):
-            hashes.add(_text_hash(record.text))
+            hashes.add(text_hash(record.text))
             if len(hashes) < count:
                 raise NunerError(f"record {count:,}: this text comes twice: {record.text[:60]!r}")
             line = json.dumps(record.as_dict(), ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             file.write(line)
-    bound = int(validation_fraction * _HASH_SPACE)
+    bound = int(validation_fraction * TEXT_HASHES)
     if len(hashes) < (2 if bound else 1):
         raise NunerError(
             f"{len(hashes)} records are too few for the splits: at least two texts are needed for"
@@ -290,11 +289,6 @@ def _spool(records: Iterable[Record], spool: Path, validation_fraction: float) -
     if bound:  # at least one text on either side
         bound = min(max(bound, min(hashes) + 1), max(hashes))
     return _Splitter(bound), digest.hexdigest(), len(hashes)
-
-
-def _text_hash(text: str) -> int:
-    """64 bits of the text: among a million texts two agree with a chance of 3e-8."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -311,24 +305,6 @@ def _check_files(folder: Path, files: dict[str, int]) -> None:
         if there != size:
             state = "is missing" if there is None else f"has {there:,} of its {size:,} bytes"
             raise NunerError(f"{path}: {state}; copy or build the data set again")
-
-
-def _to_record(row: dict[str, Any]) -> Record:
-    """A record from the columns in which TFDS returns it, its strings as bytes."""
-    columns = row["entities"]
-    return Record(
-        row["text"].decode(),
-        tuple(
-            Entity(int(start), int(end), concept.decode(), description.decode())
-            for start, end, concept, description in zip(
-                columns["start"],
-                columns["end"],
-                columns["concept"],
-                columns["description"],
-                strict=True,
-            )
-        ),
-    )
 
 
 def _check_place(out: Path) -> None:

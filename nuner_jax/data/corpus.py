@@ -1,8 +1,7 @@
 """The tokenised corpus: memory-mapped flat arrays, made once for (data, tokenizer, window length).
 
-A *sequence* is what an encoder reads: a special token, the tokens of a text (or of one window of a text that
-is longer than a window), a special token. The million sentences of NuNER are some 35 million tokens, 70 MB;
-so everything is tokenised once, and the loader only gathers slices.
+Each sequence holds a text, or one window of a text that is longer than a window. The million sentences of NuNER
+are some 35 million tokens, 140 MB; so everything is tokenised once, and the loader only gathers slices.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from nuner_jax.data import builder, ragged
+from nuner_jax.data.tokens import encode, with_special_tokens
 from nuner_jax.errors import NunerError
 from nuner_jax.folders import locked, workshop, writing
 from nuner_jax.pretrained import tokenizer_fingerprint
@@ -170,9 +170,9 @@ def _write_corpus(folder: Path, sources, split: str, tokenizer, window: int, con
             raise NunerError(f"the {split} split of {', '.join(map(str, sources.values()))} holds no text")
 
         names = list(concept_ids)
-        concepts = _encode_concepts(names, tokenizer, concept_length, report)
-        append("concept_tokens_U", np.concatenate([np.zeros(0, np.int32), *concepts]))
-        append("concept_offsets_C1", ragged.offsets([len(tokens) for tokens in concepts]))
+        concept_tokens_U, concept_offsets_C1 = _encode_concepts(names, tokenizer, concept_length, report)
+        append("concept_tokens_U", concept_tokens_U)
+        append("concept_offsets_C1", concept_offsets_C1)
         append("concept_mentions_C", mentions)
     info = {"sizes": sizes, "report": report | totals, "concept_names": names, "source_names": list(sources)}
     (folder / "corpus.json").write_text(json.dumps(info))
@@ -192,24 +192,9 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
     mentions are found by two binary searches.
     """
     texts = [record.text for record in records]
-    encoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    token_offsets = ragged.offsets([len(ids) for ids in encoding["input_ids"]])
-    char_offsets = ragged.offsets([len(text) + 1 for text in texts])
-    ids_T = np.fromiter((i for ids in encoding["input_ids"] for i in ids), np.int32, token_offsets[-1])
-    spans_Tx2 = np.array([s for spans in encoding["offset_mapping"] for s in spans], np.int64).reshape(-1, 2)
-    spans_Tx2 += np.repeat(char_offsets[:-1], np.diff(token_offsets))[:, None]
-    spans_Tx2 = np.maximum.accumulate(spans_Tx2, axis=0)  # a token without characters must not break the order
-
-    mentions_Mx3 = _mentions(records, char_offsets, concept_ids, mentions)
+    encoded = encode(texts, tokenizer)
+    spans_Tx2 = encoded.spans_Tx2
+    mentions_Mx3 = _mentions(records, encoded.char_offsets_N1, concept_ids, mentions)
     first_M = np.searchsorted(spans_Tx2[:, 1], mentions_Mx3[:, 0], side="right")
     stop_M = np.searchsorted(spans_Tx2[:, 0], mentions_Mx3[:, 1], side="left")
     _count(report, "mentions", len(mentions_Mx3))
@@ -224,24 +209,19 @@ def _encode(records, tokenizer, concept_ids, mentions, window, report) -> dict[s
 
     within_T = np.diff(spans_Tx2[:, 0], prepend=-1) == 0  # a further token of the same character (bytes of an emoji)
     breaks_T = _word_starts(texts, spans_Tx2[:, 0]) & ~within_T
-    inside_T = _within_mentions(first_M, stop_M, ids_T.size) | within_T
-    start_W, stop_W = _windows(token_offsets, breaks_T, inside_T, window - 2, report)
+    inside_T = _within_mentions(first_M, stop_M, len(spans_Tx2)) | within_T
+    start_W, stop_W = _windows(encoded.token_offsets_N1, breaks_T, inside_T, window - 2, report)
     _count(report, "texts", len(texts))
     _count(report, "sequences", start_W.size)
 
-    begin, end = special_tokens(tokenizer)
-    length_W = stop_W - start_W + 2
-    tokens_T = np.empty(length_W.sum(), np.int32)
-    at_W = ragged.offsets(length_W)
-    tokens_T[at_W[:-1]], tokens_T[at_W[1:] - 1] = begin, end
-    tokens_T[ragged.ranges(at_W[:-1] + 1, length_W - 2)] = ids_T[ragged.ranges(start_W, stop_W - start_W)]
+    tokens_T, offsets_W1 = with_special_tokens(encoded.ids_T, start_W, stop_W - start_W, tokenizer)
     window_P = np.searchsorted(stop_W, pairs_Px2[:, 0], side="right")
     return {
         "tokens_T": tokens_T,
-        "length_W": length_W,
+        "length_W": np.diff(offsets_W1),
         "pair_positions_P": pairs_Px2[:, 0] - start_W[window_P] + 1 if window_P.size else window_P,
         "pair_concepts_P": pairs_Px2[:, 1],
-        "pairs_W": np.bincount(window_P, minlength=length_W.size),
+        "pairs_W": np.bincount(window_P, minlength=start_W.size),
     }
 
 
@@ -306,19 +286,14 @@ def _windows(token_offsets, breaks_T, inside_T, capacity: int, report) -> tuple[
     return np.array(starts, np.int64), np.array(stops, np.int64)
 
 
-def _encode_concepts(names: list[str], tokenizer, concept_length: int, report) -> list[np.ndarray]:
-    """Each concept name's tokens between the special tokens, once."""
-    begin, end = special_tokens(tokenizer)
-    encoded = tokenizer(names, add_special_tokens=False, truncation=False, padding=False)["input_ids"] if names else []
+def _encode_concepts(names: list[str], tokenizer, concept_length: int, report) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all concept names, each as a sequence, and their offsets."""
+    encoded = encode(names, tokenizer)
+    length_C = np.diff(encoded.token_offsets_N1)
+    kept_C = np.minimum(length_C, concept_length - 2)
     _count(report, "concepts", len(names))
-    _count(report, "concept_names_cut", sum(len(ids) > concept_length - 2 for ids in encoded))
-    return [np.array([begin, *ids[: concept_length - 2], end], np.int32) for ids in encoded]
-
-
-def special_tokens(tokenizer) -> tuple[int, int]:
-    """The ids of the tokens that begin and end a sequence ([CLS] … [SEP], or <s> … </s>)."""
-    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return tokenizer.bos_token_id if begin is None else begin, tokenizer.eos_token_id if end is None else end
+    _count(report, "concept_names_cut", int(np.sum(kept_C < length_C)))
+    return with_special_tokens(encoded.ids_T, encoded.token_offsets_N1[:-1], kept_C, tokenizer)
 
 
 def _count(report: dict[str, int], key: str, number: int) -> None:

@@ -1,9 +1,9 @@
 """Packed batches for contrastive pre-training: a batch is a pure function of (seed, step).
 
-The rows of all epochs form one endless stream (shuffle, then repeat); batch `step` is the `step`-th piece of
-it. There is no iterator state: to resume at a step is to ask for it, on any number of hosts, each of which
-gathers its own rows only. The distinct concepts of the whole batch are found on every host (a few thousand
-ids) and dealt to rows of their own, so that each is encoded once.
+Batch `step` is the `step`-th piece of the endless stream of rows. There is no iterator state: to resume at a step
+is to ask for it, on any number of hosts, each of which gathers its own rows only. The distinct concepts of the
+whole batch are found on every host (a few thousand ids) and dealt to rows of their own, so that each is encoded
+once.
 
 Shapes: R text rows of L tokens with P positive pairs each; Q concept rows of K tokens with S slots each.
 """
@@ -11,13 +11,13 @@ Shapes: R text rows of L tokens with P positive pairs each; Q concept rows of K 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
 
 from nuner_jax.data import packing, ragged
 from nuner_jax.data.corpus import Corpus
+from nuner_jax.data.packed_rows import Placed, RowStream
 from nuner_jax.errors import NunerError
 
 _MEASURED_BATCHES = 256  # batches looked at to choose the static shapes
@@ -69,23 +69,17 @@ class PackedLoader:
         Raises:
           NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
         """
-        self.corpus, self.seed, self.pad_id, self.shuffle = corpus, seed, pad_id, shuffle
+        self.corpus, self.pad_id = corpus, pad_id
         self._visits_M = visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
             raise NunerError(f"no sequence is left at the source weights {weights} (config.data.sources)")
-        self._length_M = corpus.length_W[self._visits_M]
-        self._by_length_M = np.argsort(self._length_M, kind="stable")
-        self._slots = packing.plan_slots(self._length_M, row_length)
-        # The slots of row r are _row_slots[_row_offsets[r]:_row_offsets[r + 1]].
-        self._row_slots = np.argsort(self._slots.row_M, kind="stable")
-        self._row_offsets = ragged.offsets(np.bincount(self._slots.row_M, minlength=self._slots.num_rows))
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)  # a batch may touch two epochs
+        self._stream = RowStream(corpus.length_W[self._visits_M], row_length=row_length, seed=seed, shuffle=shuffle)
         self.shapes = self._measure(rows, row_length, concept_row_length, row_multiple)
 
     @property
     def rows_per_epoch(self) -> int:
         """Packed rows that hold every sequence once."""
-        return self._slots.num_rows
+        return self._stream.rows_per_epoch
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -95,7 +89,7 @@ class PackedLoader:
     @property
     def fill(self) -> float:
         """Share of text token slots that hold a token."""
-        return self._slots.fill
+        return self._stream.fill
 
     @property
     def num_batches(self) -> int:
@@ -119,68 +113,40 @@ class PackedLoader:
           dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for. Of text rows alone
           there are those of the text.
         """
-        slots, sequences = self._row_contents(index)
-        text = self._text_rows(slots, sequences, text_rows)
+        number_R = index * self.shapes.rows + np.arange(self.shapes.rows)
+        text = self._text_rows(self._placed(number_R if text_rows is None else number_R[text_rows]))
         if not self.shapes.concept_rows:
             return text
-        concepts = self._concept_rows(_distinct_concepts(self.corpus, sequences), concept_rows)
-        return text | concepts
+        concepts = _distinct_concepts(self.corpus, self._placed(number_R).sequence_N)
+        return text | self._concept_rows(concepts, concept_rows)
 
-    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sequence in each slot, and the order of the rows, of one epoch."""
-        sequences = packing.assign(self._slots, self._by_length_M, self._length_M, self.seed, epoch)
-        return self._visits_M[sequences], packing.shuffled_rows(self._slots.num_rows, self.seed, epoch)
+    def _placed(self, number_R: np.ndarray) -> Placed:
+        """The sequences of the corpus in these rows of the stream."""
+        placed = self._stream.placed(number_R)
+        return dataclasses.replace(placed, sequence_N=self._visits_M[placed.sequence_N])
 
-    def _row_contents(self, index: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """For each row of a batch its slots (one array per row), and all their sequences, row after row."""
-        start = index * self._batch_rows
-        slots, sequences = [], []
-        for row in range(start, start + self._batch_rows):
-            epoch, place = divmod(row, self.rows_per_epoch)
-            if not self.shuffle and epoch:
-                slots.append(np.zeros(0, np.int64))  # evaluation ends with the epoch: no row twice
-                continue
-            in_slot, order = self._epoch(epoch)
-            mine = self._row_slots[self._row_offsets[order[place]] : self._row_offsets[order[place] + 1]]
-            slots.append(mine)
-            sequences.append(in_slot[mine])
-        return slots, np.concatenate([np.zeros(0, np.int64), *sequences])
-
-    def _text_rows(self, slots, sequences, part: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _text_rows(self, placed: Placed) -> dict[str, np.ndarray]:
         """Gathers tokens, segments and positive pairs of some rows of a batch."""
-        shapes, corpus = self.shapes, self.corpus
-        count_R = np.array([len(row) for row in slots], np.int64)
-        if part is not None:
-            sequences = sequences[ragged.ranges(ragged.offsets(count_R)[part], count_R[part])]
-            slots, count_R = [slots[row] for row in part], count_R[part]
-        row_N = np.repeat(np.arange(len(slots)), count_R)
-        segment_N = ragged.ranges(np.ones(len(slots)), count_R)
-        flat = np.concatenate([np.zeros(0, np.int64), *slots])
-        at_N = row_N * shapes.row_length + self._slots.offset_M[flat]
-        length_N = self._slots.length_M[flat].astype(np.int64)
+        corpus, rows, room = self.corpus, placed.rows, self.shapes.pairs_per_row
+        tokens, segments = placed.gather(corpus.tokens_T, corpus.sequence_offsets_W1, self.pad_id)
+        scored = segments > 0
+        for special_N in (placed.start_N, placed.start_N + placed.length_N - 1):
+            scored.reshape(-1)[special_N] = False
 
-        tokens = np.full((len(slots), shapes.row_length), self.pad_id, np.int32)
-        segments, scored = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-        to = ragged.ranges(at_N, length_N)
-        first_N = np.asarray(corpus.sequence_offsets_W1[sequences])
-        tokens.reshape(-1)[to] = corpus.tokens_T[ragged.ranges(first_N, length_N)]
-        segments.reshape(-1)[to] = np.repeat(segment_N, length_N)
-        scored.reshape(-1)[ragged.ranges(at_N + 1, length_N - 2)] = True
-
-        first_pair_N, pairs_N = _pair_ranges(corpus, sequences)
+        first_pair_N, pairs_N = _pair_ranges(corpus, placed.sequence_N)
         pairs = ragged.ranges(first_pair_N, pairs_N)
-        position_P = np.repeat(at_N, pairs_N) + corpus.pair_positions_P[pairs]
-        pair_row_P = np.repeat(row_N, pairs_N)
-        place_P = ragged.ranges(np.zeros(len(slots)), np.bincount(pair_row_P, minlength=len(slots)))
-        fits_P = place_P < shapes.pairs_per_row
+        position_P = np.repeat(placed.start_N, pairs_N) + corpus.pair_positions_P[pairs]
+        row_P = np.repeat(placed.row_N, pairs_N)
+        place_P = ragged.ranges(np.zeros(rows), np.bincount(row_P, minlength=rows))
+        fits_P = place_P < room
         # A pair without room must not turn into a negative: its token is not scored at all, and its other
         # pairs go too.
         scored.reshape(-1)[position_P[~fits_P]] = False
         kept_P = scored.reshape(-1)[position_P]
-        pair_positions = np.full((len(slots), shapes.pairs_per_row), -1, np.int32)
+        pair_positions = np.full((rows, room), -1, np.int32)
         pair_concepts = np.full_like(pair_positions, -1)
-        where = pair_row_P[kept_P], place_P[kept_P]
-        pair_positions[where] = position_P[kept_P] % shapes.row_length
+        where = row_P[kept_P], place_P[kept_P]
+        pair_positions[where] = position_P[kept_P] % placed.row_length
         pair_concepts[where] = corpus.pair_concepts_P[pairs[kept_P]]
         return {
             "tokens": tokens,
@@ -188,7 +154,7 @@ class PackedLoader:
             "scored": scored,
             "pair_positions": pair_positions,
             "pair_concepts": pair_concepts,
-            "dropped_pairs": np.bincount(pair_row_P[~kept_P], minlength=len(slots)).astype(np.int32),
+            "dropped_pairs": np.bincount(row_P[~kept_P], minlength=rows).astype(np.int32),
         }
 
     def _concept_rows(self, concepts: np.ndarray, part: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -221,16 +187,14 @@ class PackedLoader:
 
     def _measure(self, rows: int, row_length: int, concept_row_length: int | None, row_multiple: int) -> Shapes:
         """Static shapes from the first batches: the largest of each, and a little headroom."""
-        self._batch_rows = rows
         number = min(_MEASURED_BATCHES, math.ceil(self.rows_per_epoch / rows))
-        batches = [self._row_contents(index) for index in range(number)]
+        batches = [self._placed(index * rows + np.arange(rows)) for index in range(number)]
         pairs = 1
-        for slots, sequences in batches:
-            per_row = np.repeat(np.arange(len(slots)), [len(row) for row in slots])
-            pairs = max(pairs, np.bincount(per_row, _pair_ranges(self.corpus, sequences)[1]).max())
+        for placed in batches:
+            pairs = max(pairs, np.bincount(placed.row_N, _pair_ranges(self.corpus, placed.sequence_N)[1]).max())
         concept_shape = (0, 0, 0)
         if concept_row_length is not None:
-            sequences = [sequences for _, sequences in batches]
+            sequences = [placed.sequence_N for placed in batches]
             concept_shape = self._measure_concepts(sequences, concept_row_length, row_multiple)
         return Shapes(rows, row_length, _round_up(math.ceil(_HEADROOM * pairs), 8), *concept_shape)
 

@@ -112,20 +112,20 @@ def _fill_rows(histogram: dict[int, int], row_length: int) -> Counter[tuple[int,
     return total
 
 
-def assign(slots: Slots, by_length_M: np.ndarray, length_M: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def assign(slots: Slots, length_M: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The sequence that takes each slot in one epoch: int64 [M], a permutation.
 
     Args:
       slots: the plan of these lengths.
-      by_length_M: the sequences in ascending order of length (`np.argsort(length_M, kind="stable")`).
-      length_M: tokens per sequence.
+      length_M: tokens per sequence; sorting them is fast in a type of one or two bytes.
       seed, epoch: the shuffle is a pure function of them.
     """
-    if by_length_M.size != slots.length_M.size:
-        raise ValueError(f"{by_length_M.size} sequences for {slots.length_M.size} slots")
+    if length_M.size != slots.length_M.size:
+        raise ValueError(f"{length_M.size} sequences for {slots.length_M.size} slots")
     keys = np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).random(length_M.size)
-    # Shuffled within each length: slots of that length are the same number of places further on.
-    return by_length_M[np.lexsort((keys[by_length_M], length_M[by_length_M]))]
+    # Shuffled, and then by length, as the slots are.
+    shuffled = np.argsort(keys, kind="stable")
+    return shuffled[np.argsort(length_M[shuffled], kind="stable")]
 
 
 def shuffled_rows(num_rows: int, seed: int, epoch: int) -> np.ndarray:

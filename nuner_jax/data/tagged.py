@@ -1,8 +1,7 @@
 """Texts for token classification: sub-tokens in windows, and where each word's first sub-token stands.
 
-A *sequence* is what an encoder reads: a special token, the tokens of a text or of one window of it, a special
-token. A text longer than a window is read in windows that overlap by half, and each of its words counts in the one
-window where it stands nearest to the middle; so nothing is cut off, and every word has context on both sides.
+A text longer than a window is read in windows that overlap by half, and each of its words counts in the one window
+where it stands nearest to the middle; so nothing is cut off, and every word has context on both sides.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nuner_jax.data import ragged
-from nuner_jax.data.corpus import special_tokens
 from nuner_jax.data.packed_rows import PackedRows
+from nuner_jax.data.tokens import encode, with_special_tokens
 from nuner_jax.errors import NunerError
 
 
@@ -58,12 +57,13 @@ def tokenise(texts: Sequence[str], words: Sequence[np.ndarray], tokenizer, windo
     if window < 4:
         raise NunerError(f"windows of {window} tokens, two of them special ones: at least 4 are needed")
     capacity = window - 2
-    ids_T, spans_Tx2, token_offsets, char_offsets = _encode(texts, tokenizer)
+    encoded = encode(texts, tokenizer)
+    spans_Tx2, token_offsets = encoded.spans_Tx2, encoded.token_offsets_N1
     word_offsets = ragged.offsets([len(spans) for spans in words])
-    start_W, stop_W = _shifted(words, char_offsets[:-1], word_offsets).T
+    start_W, stop_W = _shifted(words, encoded.char_offsets_N1[:-1], word_offsets).T
     # A word's first sub-token is the first one that ends behind the word's start.
     token_W = np.searchsorted(spans_Tx2[:, 1], start_W, side="right")
-    present_W = token_W < ids_T.size
+    present_W = token_W < len(spans_Tx2)
     present_W[present_W] = spans_Tx2[token_W[present_W], 0] < stop_W[present_W]
 
     length_N = np.diff(token_offsets)
@@ -77,35 +77,16 @@ def tokenise(texts: Sequence[str], words: Sequence[np.ndarray], tokenizer, windo
 
     word_V = np.flatnonzero(present_W)
     sequence_V = _most_central(token_W[word_V], first_S, text_S, capacity)
+    tokens_T, offsets_S1 = with_special_tokens(encoded.ids_T, first_S, size_S, tokenizer)
     return WordCorpus(
-        tokens_T=_with_special_tokens(ids_T, first_S, size_S, tokenizer),
-        sequence_offsets_S1=ragged.offsets(size_S + 2),
+        tokens_T=tokens_T,
+        sequence_offsets_S1=offsets_S1,
         word_V=word_V,
         position_V=token_W[word_V] - first_S[sequence_V] + 1,
         word_offsets_S1=ragged.offsets(np.bincount(sequence_V, minlength=first_S.size)),
         num_words=int(word_offsets[-1]),
         texts_split=int(np.sum(windows_N > 1)),
     )
-
-
-def _encode(texts: Sequence[str], tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids and their characters over all texts, which stand one after another, and the offsets of each text."""
-    encoding = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    token_offsets = ragged.offsets([len(ids) for ids in encoding["input_ids"]])
-    char_offsets = ragged.offsets([len(text) + 1 for text in texts])
-    ids_T = np.fromiter((i for ids in encoding["input_ids"] for i in ids), np.int32, token_offsets[-1])
-    spans_Tx2 = _shifted(encoding["offset_mapping"], char_offsets[:-1], token_offsets)
-    # A token without characters must not break the order.
-    return ids_T, np.maximum.accumulate(spans_Tx2, axis=0), token_offsets, char_offsets
 
 
 def _shifted(spans: Sequence, base_N: np.ndarray, offsets_N1: np.ndarray) -> np.ndarray:
@@ -120,15 +101,6 @@ def _most_central(token_V, first_S, text_S, capacity: int) -> np.ndarray:
     halfway_S = (np.append(0, first_S[:-1]) + first_S + capacity) // 2
     border_S = np.where(np.diff(text_S, prepend=-1) > 0, first_S, halfway_S)
     return np.searchsorted(border_S, token_V, side="right") - 1
-
-
-def _with_special_tokens(ids_T, first_S, size_S, tokenizer) -> np.ndarray:
-    begin, end = special_tokens(tokenizer)
-    at_S1 = ragged.offsets(size_S + 2)
-    tokens = np.empty(at_S1[-1], np.int32)
-    tokens[at_S1[:-1]], tokens[at_S1[1:] - 1] = begin, end
-    tokens[ragged.ranges(at_S1[:-1] + 1, size_S)] = ids_T[ragged.ranges(first_S, size_S)]
-    return tokens
 
 
 class WordLoader:
@@ -156,19 +128,14 @@ class WordLoader:
           one sub-token covers share it.
         """
         corpus, placed = self.corpus, self.packing.batch(index, part)
-        rows, row_length = self.packing.rows if part is None else len(part), self.packing.row_length
-        tokens = np.full((rows, row_length), self.pad_id, np.int32)
-        segments = np.zeros_like(tokens)
-        to, first_N = ragged.ranges(placed.start_N, placed.length_N), corpus.sequence_offsets_S1[placed.sequence_N]
-        tokens.reshape(-1)[to] = corpus.tokens_T[ragged.ranges(first_N, placed.length_N)]
-        segments.reshape(-1)[to] = np.repeat(placed.segment_N, placed.length_N)
+        tokens, segments = placed.gather(corpus.tokens_T, corpus.sequence_offsets_S1, self.pad_id)
 
-        words = np.full((rows, self.words_per_row), -1, np.int32)
+        words = np.full((placed.rows, self.words_per_row), -1, np.int32)
         positions = np.zeros_like(words)
         first_N = corpus.word_offsets_S1[placed.sequence_N]
         count_N = corpus.word_offsets_S1[placed.sequence_N + 1] - first_N
         row_v, from_v = np.repeat(placed.row_N, count_N), ragged.ranges(first_N, count_N)
-        at = row_v, ragged.ranges(np.zeros(rows), np.bincount(row_v, minlength=rows))
+        at = row_v, ragged.ranges(np.zeros(placed.rows), np.bincount(row_v, minlength=placed.rows))
         words[at] = corpus.word_V[from_v]
-        positions[at] = np.repeat(placed.start_N % row_length, count_N) + corpus.position_V[from_v]
+        positions[at] = np.repeat(placed.start_N % placed.row_length, count_N) + corpus.position_V[from_v]
         return {"tokens": tokens, "segments": segments, "words": words, "positions": positions}

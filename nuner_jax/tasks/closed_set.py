@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from nuner_jax.data.corpus import Corpus
 from nuner_jax.data.loader import PackedLoader, visits
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.tagger import Tagger
-from nuner_jax.tasks import text_tower
+from nuner_jax.tasks import batches, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task
 
@@ -74,7 +73,7 @@ class ClosedSet(Task):
         )
         # The same batches for every seed of a run, so that their figures compare.
         self.validation_loader = self._loader(self.validation, rows=config.eval.rows, seed=0, shuffle=False)
-        self.batch_rows = dict.fromkeys(("tokens", "segments", "labels", "dropped"), self.loader.shapes.rows)
+        self.batch_rows = _row_counts(self.loader)
         self.steps_per_epoch = self.loader.rows_per_epoch / data.rows
 
     def _loader(self, corpus: Corpus, **options) -> PackedLoader:
@@ -116,8 +115,7 @@ class ClosedSet(Task):
 
     def is_frozen(self, path: str) -> bool:
         """The bottom of the encoder."""
-        frozen_layers = self._config.model.frozen_layers
-        return path.startswith("text/") and frozen_layers > 0 and text_tower.depth(path) <= frozen_layers
+        return text_tower.is_frozen(path, self._config.model.frozen_layers)
 
     def learning_rate_share(self, path: str) -> float:
         """More for the head, which starts from nothing."""
@@ -164,9 +162,7 @@ class ClosedSet(Task):
 
     def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The micro-batches of a step, stacked."""
-        accumulate, rows = self._config.optim.accumulate, local_rows(self.loader.shapes.rows)
-        parts = [_batch(self.loader, step * accumulate + part, rows) for part in range(accumulate)]
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return batches.stacked(_local_batch(self.loader, local_rows), step, self._config.optim.accumulate)
 
     def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, costs.Part]:
         """The encoder and the head, which reads every token."""
@@ -185,12 +181,8 @@ class ClosedSet(Task):
 
     def _validation_batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batches of the validation split, one after another, as global arrays."""
-        loader, place = self.validation_loader, sharding.batch_sharding(self._mesh)
-        rows = loader.shapes.rows
-        local = sharding.local_rows(place, rows)
-        for index in range(min(loader.num_batches, self._config.eval.batches or loader.num_batches)):
-            batch = {name: value[None] for name, value in _batch(loader, index, local).items()}
-            yield sharding.to_global(place, batch, dict.fromkeys(batch, rows))
+        loader = self.validation_loader
+        return batches.on_devices(loader, _local_batch, _row_counts(loader), self._mesh, self._config.eval.batches)
 
     @functools.cached_property
     def _evaluation_step(self) -> Callable:
@@ -231,11 +223,8 @@ class ClosedSet(Task):
         )
         shapes = self.loader.shapes
         yield f"packing: {self.loader.fill:.1%} of slots filled; batch: {shapes.rows} rows of {shapes.row_length}"
-        sizes = {
-            name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract[name]))
-            for name in ("text", "head")
-        }
-        yield f"model: text tower {sizes['text']:,} parameters, head {sizes['head']:,}"
+        text, head = (text_tower.parameters(self._abstract[part]) for part in ("text", "head"))
+        yield f"model: text tower {text:,} parameters, head {head:,}"
 
     def save_assets(self, workdir: Path) -> None:
         """The tokenizer and the list of classes."""
@@ -267,15 +256,25 @@ class ClosedSet(Task):
         yield f"  launch/local.sh fewshot --config=configs/fewshot.py:CONTRASTIVE_WORKDIR,{workdir}"
 
 
-def _batch(loader: PackedLoader, index: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the model reads of these rows of a batch, and the labels."""
-    batch = loader.batch(index, rows)
-    return {
-        "tokens": batch["tokens"],
-        "segments": batch["segments"],
-        "labels": classes_lib.batch_labels(batch),
-        "dropped": batch["dropped_pairs"],
-    }
+def _local_batch(loader: PackedLoader, local_rows: Callable[[int], np.ndarray]) -> Callable[[int], dict]:
+    """Gives what the model reads of this process's rows of the batch of a number, and the labels."""
+    rows = local_rows(loader.shapes.rows)
+
+    def local_batch(number: int) -> dict[str, np.ndarray]:
+        batch = loader.batch(number, rows)
+        return {
+            "tokens": batch["tokens"],
+            "segments": batch["segments"],
+            "labels": classes_lib.batch_labels(batch),
+            "dropped": batch["dropped_pairs"],
+        }
+
+    return local_batch
+
+
+def _row_counts(loader: PackedLoader) -> dict[str, int]:
+    """Rows of the whole batch, for each of its arrays."""
+    return dict.fromkeys(("tokens", "segments", "labels", "dropped"), loader.shapes.rows)
 
 
 def _counts(logits_RxLxC: jax.Array, labels_RxL: jax.Array) -> jax.Array:

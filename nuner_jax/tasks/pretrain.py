@@ -20,7 +20,7 @@ from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
-from nuner_jax.tasks import retrieval, text_tower
+from nuner_jax.tasks import batches, retrieval, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task
 
@@ -117,13 +117,8 @@ class Pretrain(Task):
 
     def is_frozen(self, path: str) -> bool:
         """The bottom of the text tower, and the scale and bias where the config fixes them."""
-        tower, _, rest = path.partition("/")
-        if tower == "text":
-            part, _, rest = rest.partition("/")
-            frozen_layers = self._config.model.frozen_layers
-            return frozen_layers > 0 and (part == "embeddings" or int(rest.partition("/")[0]) < frozen_layers)
         learned = {"logit/log_scale": self._config.loss.learn_scale, "logit/bias": self._config.loss.learn_bias}
-        return not learned.get(path, True)
+        return text_tower.is_frozen(path, self._config.model.frozen_layers) or not learned.get(path, True)
 
     def vectors(self, params: dict, batch: dict, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Those of the tokens [R, L, D] and of the concepts [Q, S, D]."""
@@ -182,11 +177,7 @@ class Pretrain(Task):
 
     def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The micro-batches of a step, stacked."""
-        accumulate = self._config.optim.accumulate
-        shapes = self.loader.shapes
-        text, concepts = local_rows(shapes.rows), local_rows(shapes.concept_rows)
-        parts = [self.loader.batch(step * accumulate + part, text, concepts) for part in range(accumulate)]
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return batches.stacked(_local_batch(self.loader, local_rows), step, self._config.optim.accumulate)
 
     def costs(self, batch: dict[str, np.ndarray] | None = None) -> dict[str, costs.Part]:
         """Both towers and the loss; without a batch every token is scored against every slot of a concept."""
@@ -213,12 +204,8 @@ class Pretrain(Task):
 
     def _validation_batches(self) -> Iterable[dict[str, jax.Array]]:
         """The batches of the validation split, one after another, as global arrays."""
-        loader, rows = self.validation_loader, _row_counts(self.validation_loader)
-        place = sharding.batch_sharding(self._mesh)
-        local = [sharding.local_rows(place, n) for n in (loader.shapes.rows, loader.shapes.concept_rows)]
-        for index in range(min(loader.num_batches, self._config.eval.batches or loader.num_batches)):
-            batch = {name: value[None] for name, value in loader.batch(index, *local).items()}
-            yield sharding.to_global(place, batch, rows)
+        loader = self.validation_loader
+        return batches.on_devices(loader, _local_batch, _row_counts(loader), self._mesh, self._config.eval.batches)
 
     @functools.cached_property
     def _loss_step(self) -> Callable:
@@ -275,11 +262,8 @@ class Pretrain(Task):
         """How the data is packed, and how large the model is."""
         shapes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(self.loader.shapes).items())
         yield f"packing: {self.loader.fill:.1%} of text slots filled; batch: {shapes}"
-        sizes = {
-            tower: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self._abstract[tower]))
-            for tower in ("text", "concept")
-        }
-        yield f"model: text tower {sizes['text']:,} parameters, concept tower {sizes['concept']:,}"
+        text, concept = (text_tower.parameters(self._abstract[tower]) for tower in ("text", "concept"))
+        yield f"model: text tower {text:,} parameters, concept tower {concept:,}"
 
     def save_assets(self, workdir: Path) -> None:
         """The tokenizer."""
@@ -317,6 +301,13 @@ def _encoder_config(config: ConfigDict, tower: str) -> EncoderConfig:
     else:
         encoder = pretrained.load_encoder_config(pretrained.resolve(config.model[tower], (pretrained.CONFIG,)))
     return dataclasses.replace(encoder, dropout=config.model.dropout)
+
+
+def _local_batch(loader: PackedLoader, local_rows: Callable[[int], np.ndarray]) -> Callable[[int], dict]:
+    """Gives this process's rows of the batch of a number."""
+    shapes = loader.shapes
+    text, concepts = local_rows(shapes.rows), local_rows(shapes.concept_rows)
+    return lambda number: loader.batch(number, text, concepts)
 
 
 def _row_counts(loader: PackedLoader) -> dict[str, int]:

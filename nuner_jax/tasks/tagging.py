@@ -28,7 +28,7 @@ from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.tagger import Tagger
-from nuner_jax.tasks import text_tower
+from nuner_jax.tasks import batches, text_tower
 from nuner_jax.tasks.protocol import Evaluator, Task
 from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits
 
@@ -149,9 +149,7 @@ class Tagging(Task):
 
     def is_frozen(self, path: str) -> bool:
         """The bottom of the encoder, and what standardises its vectors."""
-        if path.startswith("head/"):
-            return path.startswith("head/standard/")
-        return self._frozen_layers > 0 and text_tower.depth(path) <= self._frozen_layers
+        return path.startswith("head/standard/") or text_tower.is_frozen(path, self._frozen_layers)
 
     def learning_rate_share(self, path: str) -> float:
         """That of the head, and of the encoder from the top layer down to the embeddings."""
@@ -190,9 +188,8 @@ class Tagging(Task):
 
     def train_batch(self, step: int, local_rows: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
         """The micro-batches of a step, stacked."""
-        accumulate, part = self._config.optim.accumulate, local_rows(self.loader.packing.rows)
-        parts = [self.loader.batch(step * accumulate + number, part) for number in range(accumulate)]
-        batch = {name: np.stack([one[name] for one in parts]) for name in parts[0]}
+        rows = local_rows(self.loader.packing.rows)
+        batch = batches.stacked(lambda number: self.loader.batch(number, rows), step, self._config.optim.accumulate)
         words = batch.pop("words")
         return batch | {"labels": np.where(words >= 0, self.splits["train"].labels_W[words], -1)}
 
@@ -260,13 +257,10 @@ class Tagging(Task):
             f"packing: {packing.fill:.1%} of token slots filled; batch: {packing.rows} rows of {packing.row_length}; "
             f"{packing.rows_per_epoch:,} rows an epoch"
         )
-        sizes = {
-            name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract[name]))
-            for name in ("text", "head")
-        }
+        text, head = (text_tower.parameters(self._abstract[part]) for part in ("text", "head"))
         yield (
-            f"model: encoder {sizes['text']:,} parameters, {self._frozen_layers} of {self.text_config.num_layers} "
-            f"layers frozen; head {sizes['head']:,}, {len(self.scheme.type_C)} labels of {len(self.types)} types"
+            f"model: encoder {text:,} parameters, {self._frozen_layers} of {self.text_config.num_layers} "
+            f"layers frozen; head {head:,}, {len(self.scheme.type_C)} labels of {len(self.types)} types"
         )
 
     def save_assets(self, workdir: Path) -> None:

@@ -1,10 +1,12 @@
-"""What tasks have in common: whether a batch can be split; of one encoder, its sizes, tokenizer and depths."""
+"""What tasks have in common: whether a batch can be split; of an encoder, its sizes, tokenizer and frozen part."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -56,6 +58,16 @@ def load_tokenizer(model: ConfigDict, encoder: TextEncoder | None):
     tokenizer = pretrained.load_tokenizer(pretrained.resolve(model.tokenizer, pretrained.TOKENIZER_FILES))
     pretrained.check_tokenizer(tokenizer, encoder_config(model, encoder))
     return tokenizer
+
+
+def parameters(tree: dict) -> int:
+    """How many parameters a tree of arrays, or of their shapes, has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def is_frozen(path: str, frozen_layers: int) -> bool:
+    """Whether a parameter is of the embeddings or of these bottom layers of the encoder; 0: none is."""
+    return path.startswith("text/") and frozen_layers > 0 and depth(path) <= frozen_layers
 
 
 def depth(path: str) -> int:

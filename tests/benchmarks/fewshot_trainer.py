@@ -20,12 +20,10 @@ import json
 import os
 import pathlib
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 
@@ -44,7 +42,7 @@ def main() -> None:
     parser.add_argument("--k", default="4,16")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--max_sentences", type=int, default=400, help="of each test split")
-    parser.add_argument("--steps", type=int, default=150, help="updates of every head")
+    parser.add_argument("--steps", type=int, default=300, help="updates of every head")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--work", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -61,6 +59,8 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Runs ours, Trainer, ours; prints and writes what came of it."""
+    from nuner_jax.workdir import LIBRARIES, command, versions  # here, so that Trainer's process imports no JAX
+
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     config_file = out / "table.py"
@@ -81,10 +81,9 @@ def compare(options: argparse.Namespace) -> None:
         "ratio": round(statistics.mean(seconds["trainer"]) / statistics.mean(seconds["ours"]), 1),
         "token_macro_f1": cells,
         "mean_difference": round(statistics.mean(cell["ours"] - cell["trainer"] for cell in cells), 4),
-        "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
+        "command": command(),
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
-        "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers", "accelerate", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": versions((*LIBRARIES, "torch", "accelerate")),
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print_result(result)
@@ -137,12 +136,12 @@ def write_work(config_file: pathlib.Path, path: pathlib.Path) -> None:
     path.write_text(json.dumps(work))
 
 
-def timed(command: list[str], log: pathlib.Path) -> float:
+def timed(arguments: list[str], log: pathlib.Path) -> float:
     """Seconds of a process from its start to its end; what it printed is in `log`."""
     began = time.perf_counter()
     with open(log, "w") as file:
         subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=file, stderr=file, check=True
+            arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=file, stderr=file, check=True
         )
     return time.perf_counter() - began
 

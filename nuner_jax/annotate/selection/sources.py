@@ -20,12 +20,19 @@ from ml_collections import ConfigDict
 
 from nuner_jax.data.importers import SAMPLE
 from nuner_jax.data.importers.report import Tally, kind_lines
-from nuner_jax.data.importers.rows import MalformedRow, NumberedRow, first_line, read_rows, suffix, text_lines
+from nuner_jax.data.importers.rows import (
+    ROW_SUFFIXES,
+    MalformedRow,
+    NumberedRow,
+    first_line,
+    read_rows,
+    suffix,
+    text_lines,
+)
 from nuner_jax.data.importers.stream import SAMPLE_FILE
 from nuner_jax.data.importers.tfds_rows import TFDS_PREFIX, TfdsSplit
 from nuner_jax.errors import NunerError
 
-_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 _SNIFFED_CHARS = 1 << 16  # in which a binary file shows a NUL
 
@@ -134,7 +141,7 @@ def _file(path: Path, source: ConfigDict) -> Iterator[Text]:
     ending = suffix(path)
     if ending != ".parquet":
         _refuse_binary(path)
-    if ending in _ROW_SUFFIXES or (ending != ".txt" and first_line(path).startswith(("{", "["))):
+    if ending in ROW_SUFFIXES or (ending != ".txt" and first_line(path).startswith(("{", "["))):
         return _row_file(path, source.field)
     lines = text_lines(path)
     documents = _passages(lines, source.max_chars) if source.unit == "passage" else lines

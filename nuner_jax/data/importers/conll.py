@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from nuner_jax.data.records import Entity
 from nuner_jax.errors import NunerError
 
 _PREFIXED = re.compile(r"([BIESLU])-(.+)")
-_BEGINS, _ENDS = "BSU", "ESLU"
+_BEGINS, _ENDS = {"B", "S", "U"}, {"E", "S", "L", "U"}
 
 Sentence = list[tuple[int, str]]  # (line number, line)
 
@@ -30,17 +31,11 @@ def read_conll(path: Path) -> Iterator[tuple[int, ParsedRow | MalformedRow]]:
     tag, is malformed (`ragged_line`, `empty_word`, `empty_tag`), reported at that line. Raises
     `NunerError` if the file is unreadable or its first line has one column only.
     """
-    separator: str | None = None
-    columns = 0
+    separator, columns = "", 0
     for sentence in read_sentences(path):
-        if separator is None:
+        if not separator:
             number, line = sentence[0]
-            separator = "\t" if "\t" in line else " "
-            columns = len(split_cells(line, separator))
-            if columns < 2:
-                raise NunerError(
-                    f"{path}:{number}: CoNLL needs a word and a tag divided by a tab or spaces, not {line[:40]!r}"
-                )
+            separator, columns = division(f"{path}:{number}", line)
         yield _parse_sentence(sentence, separator, columns)
 
 
@@ -54,8 +49,7 @@ def tag_spans(tags: list[str]) -> list[tuple[int, int, str]]:
     spans: list[tuple[int, int, str]] = []
     begin, label, closed = 0, "", True
     for at, tag in enumerate([*tags, "O"]):
-        prefixed = _PREFIXED.fullmatch(tag)
-        prefix, now = prefixed.groups() if prefixed else ("I", "" if tag == "O" else tag)
+        prefix, now = tag_parts(tag)
         if now and now == label and not closed and prefix not in _BEGINS:
             closed = prefix in _ENDS
             continue
@@ -63,6 +57,26 @@ def tag_spans(tags: list[str]) -> list[tuple[int, int, str]]:
             spans.append((begin, at, label))
         begin, label, closed = at, now, prefix in _ENDS
     return spans
+
+
+@functools.lru_cache(maxsize=100_000)
+def tag_parts(tag: str) -> tuple[str, str]:
+    """Prefix and label of a tag: ("O", "") outside, ("", tag) for a label alone."""
+    if tag == "O":
+        return "O", ""
+    prefixed = _PREFIXED.fullmatch(tag)
+    return prefixed.groups() if prefixed else ("", tag)
+
+
+def tagged_row(words: list[str], tags: list[str]) -> ParsedRow:
+    """The words joined by one space each; a concept is the label of the tags with its underscores as spaces."""
+    starts = word_starts(words)
+    entities = tuple(
+        Entity(starts[first], starts[after - 1] + len(words[after - 1]), name)
+        for first, after, label in tag_spans(tags)
+        if (name := concept_name(label.replace("_", " ")))
+    )
+    return ParsedRow(" ".join(words), entities=entities)
 
 
 def read_sentences(path: Path) -> Iterator[Sentence]:
@@ -88,13 +102,19 @@ def _parse_sentence(sentence: Sentence, separator: str, columns: int) -> tuple[i
             return number, MalformedRow("empty_tag" if cells[0] else "empty_word")
         words.append(cells[0])
         tags.append(cells[-1])
-    starts = word_starts(words)
-    entities = tuple(
-        Entity(starts[first], starts[after - 1] + len(words[after - 1]), name)
-        for first, after, label in tag_spans(tags)
-        if (name := concept_name(label.replace("_", " ")))
-    )
-    return sentence[0][0], ParsedRow(" ".join(words), entities=entities)
+    return sentence[0][0], tagged_row(words, tags)
+
+
+def division(place: str, line: str) -> tuple[str, int]:
+    """What divides the columns of a file with this first line, and how many they are.
+
+    Raises `NunerError`, with the `place` of the line, if there is one only.
+    """
+    separator = "\t" if "\t" in line else " "
+    columns = len(split_cells(line, separator))
+    if columns < 2:
+        raise NunerError(f"{place}: CoNLL needs a word and a tag divided by a tab or spaces, not {line[:40]!r}")
+    return separator, columns
 
 
 def split_cells(line: str, separator: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,21 @@ ROW_FORMATS: dict[str, RowFormat] = {
 }
 
 
-def parse_row(row: Mapping[str, Any], name: str) -> ParsedRow:
-    """Reads a row of the format `name`; raises `MalformedRow`, for instance `missing_<key>`."""
+def parse_row(row: Mapping[str, Any] | MalformedRow, name: str | None) -> ParsedRow | MalformedRow:
+    """The row of the format `name` in the terms of this project, or why it cannot be read, such as `missing_<key>`.
+
+    A row that was malformed before stays so, and needs no format.
+    """
+    if isinstance(row, MalformedRow):
+        return row
     row_format = ROW_FORMATS[name]
-    for key in row_format.keys:
-        if key not in row:
-            raise MalformedRow(f"missing_{key}")
-    return row_format.parse(row)
+    try:
+        for key in row_format.keys:
+            if key not in row:
+                raise MalformedRow(f"missing_{key}")
+        return row_format.parse(row)
+    except MalformedRow as error:
+        return error
 
 
 def detect_row_format(row: Mapping[str, Any]) -> str | None:
@@ -151,6 +159,15 @@ def word_starts(words: list[str]) -> list[int]:
         starts.append(at)
         at += len(word) + 1
     return starts
+
+
+def is_unicode(strings: Iterable[str]) -> bool:
+    """Whether all can be stored as UTF-8, and given to a tokenizer; JSON escapes can spell half a character."""
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _python_list(literal: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from nuner_jax.errors import NunerError
 
 GZIP_MAGIC = b"\x1f\x8b"
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PARQUET_BATCH_ROWS = 1024  # bounds the memory of one batch; larger is not faster here
 
 

@@ -14,11 +14,13 @@ from nuner_jax.data.importers.formats import (
     ROW_FORMATS,
     ParsedRow,
     detect_row_format,
+    is_unicode,
     parse_row,
 )
 from nuner_jax.data.importers.hub import HUB_PREFIX, fetch
 from nuner_jax.data.importers.report import Report, kind_lines
 from nuner_jax.data.importers.rows import (
+    ROW_SUFFIXES,
     MalformedRow,
     first_line,
     read_rows,
@@ -30,7 +32,6 @@ from nuner_jax.errors import NunerError
 FORMATS = (*ROW_FORMATS, "conll")
 SAMPLE = "sample"
 SAMPLE_FILE = Path(__file__).parents[1] / "sample" / "completions.jsonl.gz"
-_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _CONLL_SUFFIXES = (".conll", ".txt", ".tsv", ".bio", ".iob", ".iob2")
 
 
@@ -114,23 +115,17 @@ def read_file(path: Path, format_name: str = "auto") -> Iterator[tuple[int, Pars
         return
     known = None if format_name == "auto" else format_name
     for number, row in read_rows(path):
-        if isinstance(row, MalformedRow):
-            yield number, row
-            continue
-        if known is None:
+        if known is None and not isinstance(row, MalformedRow):
             known = detect_row_format(row)
             if known is None:
                 keys = ", ".join(map(repr, row))
                 raise _unknown_format(f"{path}:{number}", f"the row has the keys {keys}")
-        try:
-            yield number, parse_row(row, known)
-        except MalformedRow as error:
-            yield number, error
+        yield number, parse_row(row, known)
 
 
 def _looks_like_conll(path: Path) -> bool:
     ending = suffix(path)
-    if ending in _ROW_SUFFIXES:
+    if ending in ROW_SUFFIXES:
         return False
     line = first_line(path)
     if ending in _CONLL_SUFFIXES:
@@ -157,7 +152,7 @@ def _count_row(
 ) -> Record | None:
     """The record of one row, `None` if it is not kept; either way it is counted once."""
     report.rows += 1
-    if not isinstance(row, MalformedRow) and not _is_unicode(row):
+    if not isinstance(row, MalformedRow) and not is_unicode(_strings(row)):
         row = MalformedRow("lone_surrogate")
     if isinstance(row, MalformedRow):
         report.malformed.add(row.kind, place)
@@ -217,16 +212,12 @@ def _has_concept(row: ParsedRow, concept: str | None) -> bool:
     return any(one.concept.lower() == name for one in (*row.annotations, *row.entities))
 
 
-def _is_unicode(row: ParsedRow) -> bool:
-    """Whether every string can be stored as UTF-8; JSON escapes can spell half a character."""
+def _strings(row: ParsedRow) -> list[str]:
+    """All that a record keeps of the row."""
     strings = [row.text]
     for one in (*row.annotations, *row.entities):
         strings += (one.concept, one.description)
-    try:
-        "".join(strings).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return strings
 
 
 def _check(report: Report, options: ImportOptions, paths: Sequence[Path]) -> None:

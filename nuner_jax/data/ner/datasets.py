@@ -14,22 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nuner_jax.data.importers.formats import ParsedRow, detect_row_format, parse_row
+from nuner_jax.data.importers.formats import ParsedRow, detect_row_format, is_unicode, parse_row
 from nuner_jax.data.importers.report import Tally, kind_lines
-from nuner_jax.data.importers.rows import MalformedRow, first_line, suffix
+from nuner_jax.data.importers.rows import ROW_SUFFIXES, MalformedRow, first_line, suffix
 from nuner_jax.data.importers.tfds_rows import TfdsSplit
 from nuner_jax.data.ner.set_report import contents, overlaps, report_table
 from nuner_jax.data.ner.set_spec import FORMATS, SPLITS, SetSpec, resolve, split_files, tag_layout
 from nuner_jax.data.ner.tagged_files import TagLayout, name_of, open_rows, read_columns, read_tokens
 from nuner_jax.data.ner.words import flat
-from nuner_jax.data.records import Record
+from nuner_jax.data.records import TEXT_HASHES, Record, text_hash
 from nuner_jax.errors import NunerError
 
 __all__ = ["TaggedSet", "load", "report_table"]
 
 _JOINED = ("conll", "tokens", "gliner")  # their texts are words joined by one space each
-_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_HASH_SPACE = 2**64
 
 Rows = Iterable[tuple[int, ParsedRow | MalformedRow]]
 
@@ -131,7 +129,7 @@ class _SplitReader:
         name = _format(source) if self.spec.format == "auto" else self.spec.format
         self.formats[name] = None
         if name not in ("conll", "tokens"):
-            return _parsed(source, name)
+            return ((number, parse_row(row, name)) for number, row in open_rows(source))
         if name == "conll" and isinstance(source, TfdsSplit):
             raise NunerError(f'{self.spec.key("format")} = "conll": {source} has rows, not lines')
         read_tagged = read_columns if name == "conll" else read_tokens
@@ -140,7 +138,7 @@ class _SplitReader:
         return rows
 
     def _add(self, row: ParsedRow | MalformedRow, place: str) -> None:
-        if not isinstance(row, MalformedRow) and not _is_unicode(row):
+        if not isinstance(row, MalformedRow) and not is_unicode([row.text, *(one.concept for one in row.entities)]):
             row = MalformedRow("lone_surrogate")
         if isinstance(row, MalformedRow):
             self.malformed.add(row.kind, place)
@@ -170,7 +168,7 @@ class _SplitReader:
 
 def _format(source: Path | TfdsSplit) -> str:
     """The format of a source, from its extension and its first readable row."""
-    if isinstance(source, Path) and suffix(source) not in _ROW_SUFFIXES and not _begins_as_rows(source):
+    if isinstance(source, Path) and suffix(source) not in ROW_SUFFIXES and not _begins_as_rows(source):
         return "conll"
     for number, row in open_rows(source):
         if isinstance(row, MalformedRow):
@@ -189,23 +187,6 @@ def _begins_as_rows(path: Path) -> bool:
     return first_line(path).startswith(('{"', "[{"))
 
 
-def _parsed(source: Path | TfdsSplit, name: str) -> Rows:
-    for number, row in open_rows(source):
-        try:
-            yield number, row if isinstance(row, MalformedRow) else parse_row(row, name)
-        except MalformedRow as error:
-            yield number, error
-
-
-def _is_unicode(row: ParsedRow) -> bool:
-    """Whether all of it can be given to a tokenizer; JSON escapes can spell half a character."""
-    try:
-        "".join([row.text, *(one.concept for one in row.entities)]).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _split_on_space(spec: SetSpec, formats: set[str]) -> bool:
     if spec.words != "auto":
         return spec.words == "space"
@@ -222,8 +203,7 @@ def _shared_out(records: Sequence[Record], shares: Mapping[str, float]) -> dict[
     """The splits of one file, by the hash of each text: the same text is never in two of them."""
     parts: dict[str, list[Record]] = {"train": [], **{split: [] for split in shares}}
     for record in records:
-        digest = hashlib.blake2b(record.text.encode(), digest_size=8).digest()
-        place = int.from_bytes(digest) / _HASH_SPACE
+        place = text_hash(record.text) / TEXT_HASHES
         for split, share in shares.items():
             if place < share:
                 parts[split].append(record)

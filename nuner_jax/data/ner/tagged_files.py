@@ -15,16 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nuner_jax.data.align import concept_name
-from nuner_jax.data.importers.conll import read_sentences, split_cells, tag_spans
-from nuner_jax.data.importers.formats import ParsedRow, word_starts
+from nuner_jax.data.importers.conll import division, read_sentences, split_cells, tag_parts, tagged_row
+from nuner_jax.data.importers.formats import ParsedRow
 from nuner_jax.data.importers.report import Tally
 from nuner_jax.data.importers.rows import MalformedRow, NumberedRow, read_rows, suffix
 from nuner_jax.data.importers.tfds_rows import TfdsSplit
-from nuner_jax.data.records import Entity
 from nuner_jax.errors import NunerError
 
-_PREFIXED = re.compile(r"([BIESLU])-(.+)")
 _BRACKETED = re.compile(r"\(|\*")  # "(PERSON*", "*)": how CoNLL-2012 writes names
 
 
@@ -105,7 +102,7 @@ def read_tokens(source: Path | TfdsSplit, layout: TagLayout, invalid: Tally) -> 
 
 def detect_scheme(pairs: Counter[tuple[str, str]]) -> str:
     """The scheme of the tags, from how often each tag follows each other one ("O" before and after a sentence)."""
-    prefixes = {_parts(tag)[0] for pair in pairs for tag in pair} - {"O"}
+    prefixes = {tag_parts(tag)[0] for pair in pairs for tag in pair} - {"O"}
     if not prefixes:
         return "none"
     if prefixes & set("ES"):
@@ -127,9 +124,8 @@ def _columns(path: Path, layout: TagLayout) -> Iterator[_Read]:
                 continue
         if not separator:
             number, line = sentence[0]
-            separator = "\t" if "\t" in line else " "
-            columns = len(split_cells(line, separator))
-            _check_columns(f"{path}:{number}", line, columns, layout)
+            separator, columns = division(f"{path}:{number}", line)
+            _check_columns(f"{path}:{number}", columns, layout)
         rows = [split_cells(line, separator) for _, line in sentence]
         lines = [number for number, _ in sentence]
         words = [cells[layout.word_column] for cells in rows if len(cells) == columns]
@@ -145,9 +141,7 @@ def _columns(path: Path, layout: TagLayout) -> Iterator[_Read]:
             yield lines[0], _Sentence(lines, words, tags)
 
 
-def _check_columns(place: str, line: str, columns: int, layout: TagLayout) -> None:
-    if columns < 2:
-        raise NunerError(f"{place}: CoNLL needs a word and a tag divided by a tab or spaces, not {line[:40]!r}")
+def _check_columns(place: str, columns: int, layout: TagLayout) -> None:
     for name in ("word_column", "tag_column"):
         column = getattr(layout, name)
         if not -columns <= column < columns:
@@ -219,24 +213,16 @@ def _decoded(source: Path | TfdsSplit, read: list[_Read], invalid: Tally) -> tup
         for sentence in sentences:
             for at in _invalid_places(scheme, sentence.tags):
                 invalid.add("invalid_sequence", f"{name_of(source)}:{sentence.lines[at]}")
-    bare = {tag for pair in pairs for tag in pair if scheme != "IO" and not _parts(tag)[0]}
+    bare = {tag for pair in pairs for tag in pair if scheme != "IO" and not tag_parts(tag)[0]}
     rows: Rows = []
     for number, sentence in read:
         if isinstance(sentence, _Sentence) and not bare.isdisjoint(sentence.tags):
             number = next(line for line, tag in zip(sentence.lines, sentence.tags, strict=True) if tag in bare)
             sentence = MalformedRow("tag_without_prefix")
-        rows.append((number, sentence if isinstance(sentence, MalformedRow) else _parsed(sentence)))
+        rows.append(
+            (number, sentence if isinstance(sentence, MalformedRow) else tagged_row(sentence.words, sentence.tags))
+        )
     return scheme, rows
-
-
-def _parsed(sentence: _Sentence) -> ParsedRow:
-    words, starts = sentence.words, word_starts(sentence.words)
-    entities = tuple(
-        Entity(starts[first], starts[after - 1] + len(words[after - 1]), name)
-        for first, after, label in tag_spans(sentence.tags)
-        if (name := concept_name(label.replace("_", " ")))
-    )
-    return ParsedRow(" ".join(words), entities=entities)
 
 
 def _refuse_brackets(source: Path | TfdsSplit, pairs: Counter[tuple[str, str]]) -> None:
@@ -261,7 +247,7 @@ def _count_invalid(scheme: str, pairs: Counter[tuple[str, str]]) -> int:
 @functools.lru_cache(maxsize=100_000)
 def _follows(scheme: str, before: str, tag: str) -> bool:
     """Whether `tag` may follow `before`."""
-    (_, label_before), (prefix, label) = _parts(before), _parts(tag)
+    (_, label_before), (prefix, label) = tag_parts(before), tag_parts(tag)
     same = label == label_before
     match scheme:
         case "IOB2":
@@ -270,14 +256,5 @@ def _follows(scheme: str, before: str, tag: str) -> bool:
             return prefix != "B" or same
         case "BIOES" | "BILOU":
             goes_on = prefix in ("I", "E", "L")
-            return goes_on == (_parts(before)[0] in ("B", "I")) and (same or not goes_on)
+            return goes_on == (tag_parts(before)[0] in ("B", "I")) and (same or not goes_on)
     return True
-
-
-@functools.lru_cache(maxsize=100_000)
-def _parts(tag: str) -> tuple[str, str]:
-    """Prefix and label of a tag: ("O", "") outside, ("", tag) for a label alone."""
-    if tag == "O":
-        return "O", ""
-    prefixed = _PREFIXED.fullmatch(tag)
-    return prefixed.groups() if prefixed else ("", tag)

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import costs, hlo, sizing
+from nuner_jax import costs, hlo
+from nuner_jax.aot import sizing
 from nuner_jax.models.params import flatten
 from nuner_jax.program import Program, make_program
 from nuner_jax.tasks.protocol import Task

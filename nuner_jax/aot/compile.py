@@ -1,56 +1,18 @@
-"""Compiles a config for hardware that is not here: `python -m nuner_jax.aot --config=… --topology=v5e:4x4`.
-
-Prints what the train step needs on each device (memory, operations, bytes) and what devices send each other; what does
-not fit is told with settings that would. With several topologies (`--topology=cpu:8,cpu:64`) the batch grows with the
-devices, and the table shows which collectives do too. Nothing is trained, no weights are read, and with --shapes no
-data either; the step is the one that `nuner_jax.train` runs.
-"""
+"""Compiles the train step of a config on topologies; where it does not fit, looks for settings that would."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from nuner_jax import compiled_step, sharding, sizing, topology, train
-from nuner_jax import workdir as workdir_lib
-from nuner_jax.aot_table import advice_line, growth_lines, lines
-from nuner_jax.config import parse_flags
-from nuner_jax.errors import NunerError, run_command
-from nuner_jax.folders import local_path, writing
+from nuner_jax import sharding
+from nuner_jax.aot import compiled_step, sizing, topology
+from nuner_jax.aot.table import advice_line, growth_lines, lines
+from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
-
-
-def main(argv: Sequence[str]) -> None:
-    """Reads the flags, and compiles."""
-    config = train.config_of(argv)
-    if not flags.FLAGS.topology:
-        raise NunerError(f"--topology=NAME is needed. There are {topology.EXISTING}")
-    names = flags.FLAGS.topology.split(",")
-    stated = None if flags.FLAGS.shapes is None else sizing.parse_shapes(flags.FLAGS.shapes)
-    limit = None if flags.FLAGS.memory is None else flags.FLAGS.memory * 1e9
-    figures = compile_all(config, names, stated, limit, say=lambda line: print(line, flush=True))
-    if flags.FLAGS.out:
-        out = local_path(flags.FLAGS.out)
-        with writing(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(_record(config, figures), indent=2) + "\n")
-        print(f"All figures: {out}")
-
-
-def _record(config: ConfigDict, figures: list[dict]) -> dict:
-    """The figures, with what is needed to get them again."""
-    return {
-        "of": config_flags.get_config_filename(flags.FLAGS["config"]),
-        "command": workdir_lib.command(),
-        "versions": workdir_lib.versions(workdir_lib.LIBRARIES),
-        "config": json.loads(config.to_json_best_effort()),
-        "topologies": figures,
-    }
 
 
 def compile_all(
@@ -150,13 +112,3 @@ def _alternatives(config: ConfigDict, devices: int) -> list[list[dict]]:
     if "loss" in config and "chunk" in config.loss and (config.loss.chunk or 2**20) > 1024:
         kinds.insert(1, [{"loss.chunk": 1024}])
     return kinds
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "Hardware, such as v5e:4x4, v5p:2x2x2 or cpu:8; several, with commas.")
-    flags.DEFINE_string(
-        "shapes", None, "'assumed', or sizes of a batch (pairs_per_row=400,…), if the data is not there to tell them."
-    )
-    flags.DEFINE_float("memory", None, "Memory of one device in GB (1e9 bytes), if not that of the topology.")
-    flags.DEFINE_string("out", None, "JSON file of all figures.")
-    run_command(main, parse_flags)

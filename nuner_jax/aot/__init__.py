@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation: what a config needs of hardware that is not here."""
