@@ -179,7 +179,7 @@ def test_a_slice_of_tpus_is_a_job_of_one_pod_a_machine(stand_ins, cloud, tmp_pat
     rules = {str(rule.get("onExitCodes", rule.get("onPodConditions"))): rule["action"] for rule in podrules(job)}
     assert [rules[key] for key in rules if "[2]" in key] == ["FailJob"], "a mistake is not repeated"
     assert [rules[key] for key in rules if "[75]" in key or "Disruption" in key] == ["Ignore", "Ignore"]
-    flags = ['--config=a "b\\c.py', "--workdir=/mnt/bucket/runs/base", "--distributed"]
+    flags = ['--config=a "b\\c.py', "--workdir=/mnt/bucket/runs/base", "--distributed", "--join_timeout=1800"]
     assert run_pod(cloud, stand_ins, job, 3) == f"{flags}\n"
 
 
@@ -196,7 +196,7 @@ def test_gpu_nodes_find_each_other_by_their_pods_names(stand_ins, cloud, tmp_pat
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
     cluster = ["--coordinator=base-0.base:12355", "--num_processes=2", "--process_id=1"]
-    assert run_pod(cloud, stand_ins, job, 1) == f"{['--workdir=/mnt/bucket/runs/base', *cluster]}\n"
+    assert run_pod(cloud, stand_ins, job, 1) == f"{['--workdir=/mnt/bucket/runs/base', '--join_timeout=1800', *cluster]}\n"
 
 
 def test_jobs_are_listed_followed_and_deleted_by_kubectl(stand_ins):

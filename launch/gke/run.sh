@@ -31,6 +31,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/setup.sh
 source launch/remote.sh
 
+# Nodes may come minutes apart, and each then installs: the processes wait for each other.
+readonly PATIENCE=--join_timeout=1800
+
 main() {
   local action=start
   while [[ "${1:-}" == -* ]]; do
@@ -98,7 +101,7 @@ tpu_manifest() {
   ((nodes * chips == ${TOPOLOGY//x/*} && nodes)) ||
     die "TOPOLOGY=$TOPOLOGY cannot be divided into nodes of CHIPS=$chips"
   fill "$nodes" "cloud.google.com/gke-tpu-accelerator: $TPU, cloud.google.com/gke-tpu-topology: $TOPOLOGY" \
-    "google.com/tpu: $chips" tpu "" launch/local.sh "$@" --distributed
+    "google.com/tpu: $chips" tpu "" launch/local.sh "$@" --distributed "$PATIENCE"
 }
 
 # Several GPU nodes find each other by the names of their pods.
@@ -112,7 +115,7 @@ gpu_manifest() {
         - name: PROCESS_ID
           valueFrom: {fieldRef: {fieldPath: \"metadata.annotations['batch.kubernetes.io/job-completion-index']\"}}"
   fill "$NODES" "cloud.google.com/gke-accelerator: $GPU" \
-    "nvidia.com/gpu: ${CHIPS:-8}" "${NUNER_EXTRAS:-cuda13}" "$cluster" launch/gpu.sh "$@"
+    "nvidia.com/gpu: ${CHIPS:-8}" "${NUNER_EXTRAS:-cuda13}" "$cluster" launch/gpu.sh "$@" "$PATIENCE"
 }
 
 # check_numbers NAME...: dies if one of these variables is set, and no number.
