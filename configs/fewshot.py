@@ -8,7 +8,7 @@ started from); the baseline may be empty, or left out with the folder. Each fold
 and a test file, CoNLL or JSONL. One set more, or one known by name: `config.sets.conll2003 = {}` in a copy of this
 file.
 
-Cost: half a minute on two CPU cores for the embedded sets and encoders of MiniLM's size; 8 minutes for eight sets of a
+Cost: half a minute on two CPU cores for the embedded sets and encoders of MiniLM's size; 10 minutes for eight sets of a
 folder (640 heads). Expect: tests/benchmarks/README.md has the tables.
 """
 

@@ -6,8 +6,8 @@ FOLDER is a Hugging Face folder of a small encoder, such as that of sentence-tra
 the few-shot table of the two embedded sets: the weights as they were, and pre-trained.
 
 Cost: 300 steps of about 50 passages, 5 to 10 minutes on two CPU cores. Measured (seed 0, all-MiniLM-L6-v2, token macro
-F1, mean of both sets, 5 samples each): 41.2 at k = 4 and 51.1 at k = 16 before; 57.7 and 63.2 after, which is +16.5
-[+14.5, +18.7] and +12.1 [+11.5, +12.8], paired. On eight other sets: tests/benchmarks/README.md.
+F1, mean of both sets, 5 samples each): 41.2 at k = 4 and 51.9 at k = 16 before; 57.6 and 64.4 after, which is +16.4
+[+14.6, +18.4] and +12.5 [+11.6, +13.7], paired. On eight other sets: tests/benchmarks/README.md.
 """
 
 from nuner_jax.config import pretrain, source, sources
