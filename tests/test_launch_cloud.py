@@ -196,7 +196,8 @@ def test_gpu_nodes_find_each_other_by_their_pods_names(stand_ins, cloud, tmp_pat
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
     cluster = ["--coordinator=base-0.base:12355", "--num_processes=2", "--process_id=1"]
-    assert run_pod(cloud, stand_ins, job, 1) == f"{['--workdir=/mnt/bucket/runs/base', '--join_timeout=1800', *cluster]}\n"
+    flags = ["--workdir=/mnt/bucket/runs/base", "--join_timeout=1800", *cluster]
+    assert run_pod(cloud, stand_ins, job, 1) == f"{flags}\n"
 
 
 def test_jobs_are_listed_followed_and_deleted_by_kubectl(stand_ins):
