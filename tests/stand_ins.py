@@ -41,8 +41,10 @@ class StandIns:
         return [line for line in lines if line.startswith(name)]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The environment of a launch script; variables of SLURM and of other launchers are not in it."""
+        """The environment of a launch script, without the variables that would change what it does."""
         found = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "XLA_", "NUNER_"))}
+        for name in ("PYTHON", "HOSTS", "COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "BUCKET", "SPOT"):
+            found.pop(name, None)
         found["PATH"] = f"{self.folder}:{found['PATH']}"
         return {**found, "NUNER_VENV": str(self.folder.parent / "venv"), **more}
 
