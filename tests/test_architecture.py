@@ -155,6 +155,7 @@ LAYERS = {
         "fewshot.transfer",
         "losses",
         "models",
+        "models.attention",
         "models.encoder",
         "models.encoder_config",
         "models.hf_weights",

@@ -10,7 +10,7 @@ from nuner_jax.errors import NunerError
 CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "plain", "xla", "cudnn"),
     "head.kind": ("linear", "mlp"),
     "head.scheme": ("io", "bio", "bilou"),
     "checkpoint.best": ("dev/entity_f1", "dev/token_macro_f1", "dev/string_f1", "dev/loss"),
@@ -146,7 +146,8 @@ def _model(encoder: ConfigDict) -> ConfigDict:
             "frozen_layers": 0,  # bottom layers left as they are, with the embeddings; 0: none, -1: all of them
             "dropout": 0.1,  # on embeddings and block outputs; a wholly frozen encoder has none
             "dtype": "bfloat16",  # of the encoder's computation; parameters and the head are float32
-            "attention": "xla",  # implementation, as jax.nn.dot_product_attention takes it: "xla" or "cudnn"
+            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
+            # xla elsewhere (models/attention.py)
         }
     ).lock()
 

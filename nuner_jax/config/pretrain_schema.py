@@ -16,7 +16,7 @@ SAMPLE_TOKENIZER = str(Path(__file__).parents[1] / "data" / "sample" / "tokenize
 CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("auto", "plain", "xla", "cudnn"),
     "loss.normaliser": ("positives", "pairs"),
     "checkpoint.best": ("retrieval/mrr", "validation/loss"),
 }
@@ -153,7 +153,8 @@ def _model() -> ConfigDict:
             "dropout": 0.1,  # on embeddings and block outputs, the encoders' own rate
             "concept_pooling": "mean",  # of a name's token vectors; or "first"
             "dtype": "bfloat16",  # of the computation; parameters are float32
-            "attention": "xla",  # implementation, as jax.nn.dot_product_attention takes it: "xla" or "cudnn"
+            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
+            # xla elsewhere (models/attention.py)
         }
     ).lock()
 

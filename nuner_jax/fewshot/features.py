@@ -23,6 +23,7 @@ from nuner_jax import pretrained, sharding, text_encoder
 from nuner_jax.data import ragged
 from nuner_jax.data.tagged import WordCorpus, WordLoader, tokenise
 from nuner_jax.models import params as params_lib
+from nuner_jax.models.attention import fastest
 from nuner_jax.models.encoder import Encoder, EncoderConfig
 
 _SHORTEST_ROW = 64  # tokens; rows are this long, or a power of two times it
@@ -91,7 +92,8 @@ def load_frozen(encoder: str, dtype: str = "float32") -> Frozen:
 @functools.cache
 def _abstract(config: EncoderConfig, dtype: str) -> tuple[nnx.GraphDef, dict]:
     """The structure of an encoder and the shapes of its parameters; encoders of one size share their programs."""
-    return params_lib.split(nnx.eval_shape(lambda: Encoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))))
+    options = {"dtype": jnp.dtype(dtype), "attention_implementation": fastest(jax.default_backend())}
+    return params_lib.split(nnx.eval_shape(lambda: Encoder(config, **options, rngs=nnx.Rngs(0))))
 
 
 # --- The vectors -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from nuner_jax.errors import NunerError
+from nuner_jax.models import attention
 from nuner_jax.models.encoder_config import EncoderConfig
 
 __all__ = ["Encoder", "EncoderConfig", "positions_from_segments"]
@@ -78,7 +79,7 @@ class Embeddings(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    The softmax is f32 in both implementations. There is no dropout of the attention probabilities:
+    There is no dropout of the attention probabilities:
     the fused kernels have none, and the choice of a kernel must not change what is trained.
     """
 
@@ -91,9 +92,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
         qkv_BxLx3xHxK = self.qkv(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-        heads_BxLxHxK = jax.nn.dot_product_attention(
-            q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask_Bx1xLxL, implementation=self.implementation
-        )
+        heads_BxLxHxK = attention.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask_Bx1xLxL, self.implementation)
         return self.out(heads_BxLxHxK)
 
 
@@ -133,8 +132,8 @@ class Encoder(nnx.Module):
     is that of the matrix products and of the result; LayerNorm statistics and softmax are f32
     whatever it is. f32 on a TPU or GPU is as exact as `jax_default_matmul_precision` allows.
 
-    `attention_implementation` is "xla", or "cudnn" (flash attention on a GPU, bf16 only), as in
-    `jax.nn.dot_product_attention`. Raises NunerError for any other name, and for "cudnn" with f32.
+    `attention_implementation` is one of `attention.IMPLEMENTATIONS`. Raises NunerError for any other name, and for
+    "cudnn" with f32.
 
     `activations` places the vectors between the layers (it must divide B); None leaves the choice to XLA, which
     may follow split parameters and split the vectors by width, and then adds whole activations over devices.
@@ -149,7 +148,7 @@ class Encoder(nnx.Module):
         attention_implementation: str = "xla",
         activations: jax.sharding.NamedSharding | None = None,
     ):
-        _check_attention(attention_implementation, dtype)
+        attention.check(attention_implementation, dtype)
         self.config = config
         self.activations = activations
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs, activations=activations)
@@ -219,16 +218,6 @@ class Encoder(nnx.Module):
     def place(self, x_BxLxD: jax.Array) -> jax.Array:
         """The same vectors, or others of as many rows, where `activations` wants them."""
         return x_BxLxD if self.activations is None else jax.lax.with_sharding_constraint(x_BxLxD, self.activations)
-
-
-def _check_attention(implementation: str, dtype: jnp.dtype) -> None:
-    if implementation not in ("xla", "cudnn"):
-        raise NunerError(f"attention_implementation {implementation!r} is unknown; choose 'xla' or 'cudnn'")
-    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
-        raise NunerError(
-            "attention_implementation 'cudnn' computes in bfloat16, not in "
-            f"{jnp.dtype(dtype).name}; choose bfloat16, or 'xla'"
-        )
 
 
 def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:

@@ -92,7 +92,7 @@ class ClosedSet(Task):
             dropout=model.dropout,
             standardise=False,
             dtype=jnp.dtype(model.dtype),
-            attention=model.attention,
+            attention=text_tower.attention(model, self._mesh),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

@@ -98,7 +98,7 @@ class Pretrain(Task):
             scale=loss.scale,
             bias=loss.bias,
             dtype=jnp.dtype(model.dtype),
-            attention=model.attention,
+            attention=text_tower.attention(model, self._mesh),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

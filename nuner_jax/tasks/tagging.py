@@ -86,7 +86,7 @@ class Tagging(Task):
             dropout=head.dropout,
             standardise=head.standardise,
             dtype=jnp.dtype(model.dtype),
-            attention=model.attention,
+            attention=text_tower.attention(model, self._mesh),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nuner_jax import pretrained, sharding
 from nuner_jax.errors import NunerError
+from nuner_jax.models.attention import fastest
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.text_encoder import TextEncoder
 
@@ -21,9 +22,8 @@ def check_platform(config: ConfigDict, mesh: Mesh, more_rows: Mapping[str, int] 
 
     `more_rows` are those that a task has besides, by their key.
     """
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention == "cudnn" and platform != "gpu":
-        raise NunerError(f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {platform}: take 'xla'")
+    if config.model.attention == "cudnn" and (platform := _platform(mesh)) != "gpu":
+        raise NunerError(f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {platform}: take 'auto'")
     if config.data.rows % config.optim.accumulate:
         raise NunerError(
             f"config.data.rows = {config.data.rows} is not a multiple of "
@@ -41,6 +41,15 @@ def check_platform(config: ConfigDict, mesh: Mesh, more_rows: Mapping[str, int] 
                 f"{name} = {number} cannot be split over the {parts} devices of the mesh's axes "
                 f"{' x '.join(sharding.BATCH_AXES)}: choose a multiple of {parts}"
             )
+
+
+def attention(model: ConfigDict, mesh: Mesh) -> str:
+    """The implementation of the attention that `config.model` asks for on these devices."""
+    return fastest(_platform(mesh)) if model.attention == "auto" else model.attention
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def encoder_config(model: ConfigDict, encoder: TextEncoder | None) -> EncoderConfig:
