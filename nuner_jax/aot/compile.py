@@ -38,9 +38,9 @@ def compile_all(
     every = topology.devices(names)
     for name, devices in zip(names, every, strict=True):
         grown = _grown(config, len(devices), len(every[0]))
-        one = figures_of(grown, devices, stated, limit)
-        figures.append({"topology": name, **one})
-        for line in lines(figures[-1]):
+        one = {"topology": name, **figures_of(grown, devices, stated, limit)}
+        figures.append(one)
+        for line in lines(one):
             say(line)
         if not one["memory"]["fits"]:
             say("Settings that need less, compiled one by one:")
@@ -48,7 +48,6 @@ def compile_all(
             for advice in _advice(grown, devices, stated, limit):
                 one["advice"].append(advice)
                 say(advice_line(advice))
-            figures[-1] = {"topology": name, **one}
     if len(figures) > 1:
         for line in growth_lines(figures):
             say(line)

@@ -37,7 +37,10 @@ def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> 
       device, counted likewise; `collectives`, one entry for each kind and what it carries.
     """
     program = make_program(config, task, mesh)
-    batch = task.abstract_batch() if isinstance(task, sizing.Sized) else sizing.batch_shapes(_first_batch(task), mesh)
+    if isinstance(task, sizing.Sized):
+        batch = task.abstract_batch()
+    else:
+        batch = sizing.batch_shapes(task.train_batch(0, np.arange), mesh)
     parts = task.costs()
     found = {
         "devices": {"number": mesh.devices.size, "kind": mesh.devices.flat[0].device_kind},
@@ -62,10 +65,6 @@ def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> 
         "bytes_accessed": counted["bytes accessed"],
         "collectives": summary(hlo.collectives(compiled.as_text()), program.abstract.params),
     }
-
-
-def _first_batch(task: Task) -> dict[str, np.ndarray]:
-    return task.train_batch(0, np.arange)
 
 
 def _held(program: Program, batch: dict) -> dict[str, int]:

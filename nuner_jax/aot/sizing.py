@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax import sharding
-from nuner_jax.data.loader import Shapes
+from nuner_jax.data.loader import Shapes, round_up
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks.pretrain import Pretrain
 
@@ -55,18 +55,14 @@ def assumed_shapes(config: ConfigDict, stated: Mapping[str, int] = types.Mapping
     rows = data.rows // config.optim.accumulate
     tokens = rows * data.row_length
     rows_needed = math.ceil(_CONCEPT_TOKENS * tokens / data.concept_row_length)
-    concept_rows = stated.get("concept_rows", _round_up(rows_needed, data.row_multiple))
+    concept_rows = stated.get("concept_rows", round_up(rows_needed, data.row_multiple))
     shapes = {
-        "pairs_per_row": _round_up(math.ceil(_PEAK * _PAIRS * data.row_length), 8),
+        "pairs_per_row": round_up(math.ceil(_PEAK * _PAIRS * data.row_length), 8),
         "concept_rows": concept_rows,
-        "concept_row_length": _round_up(math.ceil(_CONCEPT_TOKENS * tokens / concept_rows), 8),
+        "concept_row_length": round_up(math.ceil(_CONCEPT_TOKENS * tokens / concept_rows), 8),
         "concepts_per_row": math.ceil(_CONCEPTS * tokens / concept_rows),
     }
     return Shapes(rows=rows, row_length=data.row_length, **(shapes | dict(stated)))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 class Sized(Pretrain):

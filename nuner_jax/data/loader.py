@@ -196,7 +196,7 @@ class PackedLoader:
         if concept_row_length is not None:
             sequences = [placed.sequence_N for placed in batches]
             concept_shape = self._measure_concepts(sequences, concept_row_length, row_multiple)
-        return Shapes(rows, row_length, _round_up(math.ceil(_HEADROOM * pairs), 8), *concept_shape)
+        return Shapes(rows, row_length, round_up(math.ceil(_HEADROOM * pairs), 8), *concept_shape)
 
     def _measure_concepts(self, batches: list[np.ndarray], longest_row: int, row_multiple: int) -> tuple[int, int, int]:
         """Concept rows, tokens per row and concepts per row that hold the concepts of these batches' sequences."""
@@ -208,9 +208,9 @@ class PackedLoader:
         # Few long rows attend over more than they need, many short ones leave gaps: the rows are as many as the
         # longest allowed row asks for, and then only as long as they must be (dealing makes them alike).
         tokens = math.ceil(_HEADROOM * tokens)
-        rows = _round_up(math.ceil(tokens / longest_row), row_multiple)
+        rows = round_up(math.ceil(tokens / longest_row), row_multiple)
         longest = int(concept_length_C.max(initial=1))
-        row_length = _round_up(max(longest, math.ceil(tokens / rows)), 8)
+        row_length = round_up(max(longest, math.ceil(tokens / rows)), 8)
         return rows, row_length, math.ceil(_HEADROOM * concepts / rows)
 
 
@@ -243,5 +243,6 @@ def _distinct_concepts(corpus: Corpus, sequences: np.ndarray) -> np.ndarray:
     return np.unique(corpus.pair_concepts_P[ragged.ranges(*_pair_ranges(corpus, sequences))]).astype(np.int64)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below the value."""
     return -(-int(value) // multiple) * multiple
