@@ -8,8 +8,8 @@ steps while the ranking still improves: three of four concepts were annotated on
 sure. The data comes from the recorded completions of a language model, through all stages of annotation.
 
 It ends with the few-shot table of the two embedded sets (token macro F1, mean of both, 5 seeds): 15.4 at k = 4 and 24.4
-at k = 16 before pre-training, 34.5 and 42.0 after it, which is +19.1 [+18.2, +20.2] and +17.6 [+16.6, +19.4], paired.
-The table took 25 s on two cores shared with other programs.
+at k = 16 before pre-training, 34.6 and 41.8 after it, which is +19.3 [+18.0, +20.1] and +17.4 [+16.1, +19.1], paired.
+The table took 11 s.
 """
 
 from nuner_jax.config import SAMPLE_TOKENIZER, pretrain, source, sources
