@@ -185,6 +185,13 @@ def test_local_installs_once_and_passes_the_flags_on(small_project):
     assert len(pip_calls(small_project)) == 1
 
 
+def test_local_asks_for_huge_pages_unless_told_otherwise(small_project):
+    show = 'import os\nif __name__ == "__main__":\n    print(os.environ["GLIBC_TUNABLES"])\n'
+    (small_project / "nuner_jax/train.py").write_text(show)
+    assert local(small_project, "train", GLIBC_TUNABLES="").stdout == "glibc.malloc.hugetlb=1\n"
+    assert local(small_project, "train", GLIBC_TUNABLES="glibc.malloc.hugetlb=0").stdout == "glibc.malloc.hugetlb=0\n"
+
+
 def test_local_installs_again_when_setup_py_changes_or_extras_are_new(small_project):
     local(small_project, "train")
     (small_project / "setup.py").write_text("# one more requirement\n")

@@ -82,10 +82,16 @@ def _plain_backward(kept, gradient_BxHxLxK):
     slope_BxHxLxL = (shifted_BxHxLxL * slope_BxHxLxL).astype(dtype)
     return (
         _product("bhlm,bhmk->bhlk", slope_BxHxLxL, k_BxHxLxK).astype(dtype),
-        _product("bhlm,bhlk->bhmk", slope_BxHxLxL, q_BxHxLxK).astype(dtype),
-        _product("bhlm,bhlk->bhmk", shifted_BxHxLxL, scaled_BxHxLxK).astype(dtype),
+        _read_by(slope_BxHxLxL, q_BxHxLxK).astype(dtype),
+        _read_by(shifted_BxHxLxL, scaled_BxHxLxK).astype(dtype),
         None,
     )
+
+
+def _read_by(weight_BxHxLxL, x_BxHxLxK):
+    """The transposed weights times x; what XLA is given to transpose is x, the small one of the two."""
+    x_BxHxKxL = jnp.swapaxes(x_BxHxLxK, 2, 3)
+    return jnp.swapaxes(_product("bhkl,bhlm->bhkm", x_BxHxKxL, weight_BxHxLxL), 2, 3)
 
 
 _plain.defvjp(_plain_forward, _plain_backward)

@@ -10,6 +10,7 @@ of the MLP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -104,7 +105,7 @@ class MLP(nnx.Module):
         self.down = _dense(config.intermediate_size, config.hidden_size, dtype, rngs)
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x_BxLxD), approximate=False))
+        return self.down(gelu(self.up(x_BxLxD)))
 
 
 class Layer(nnx.Module):
@@ -218,6 +219,26 @@ class Encoder(nnx.Module):
     def place(self, x_BxLxD: jax.Array) -> jax.Array:
         """The same vectors, or others of as many rows, where `activations` wants them."""
         return x_BxLxD if self.activations is None else jax.lax.with_sharding_constraint(x_BxLxD, self.activations)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x times the normal distribution's share below x (Hendrycks and Gimpel 2016), float32 inside.
+
+    Its slope is found beside it and kept for the backward pass, in place of x: as large, and nothing is computed twice.
+    `jax.nn.gelu` keeps digits of values near zero that a sum with others loses again, and takes twice as long on CPUs.
+    """
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    below = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
+    density = (2 * math.pi) ** -0.5 * jnp.exp(-0.5 * wide * wide)
+    return (wide * below).astype(x.dtype), (below + wide * density).astype(x.dtype)
+
+
+gelu.defvjp(_gelu_and_slope, lambda slope, gradient: (gradient * slope,))
 
 
 def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:

@@ -14,14 +14,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def timed(arguments: list[str], **environment: str) -> tuple[float, str]:
     """Runs this Python with these arguments: seconds of wall time, and what it printed.
 
-    `environment` is added to this process's own. Exits with what the process said last if it failed.
+    `environment` is added to this process's own, and so are the huge pages that launch/local.sh asks for. Exits with
+    what the process said last if it failed.
     """
     began = time.perf_counter()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path} | environment,
+        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
     )
