@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,8 @@ import pytest
 
 from nuner_jax.data import builder
 from nuner_jax.data.corpus import Corpus, load_corpus
-from nuner_jax.data.loader import PackedLoader
+from nuner_jax.data.loader import PackedLoader, concept_tokens
+from nuner_jax.data.packed_rows import RowStream
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.data.records import Record
 from nuner_jax.errors import NunerError
@@ -258,7 +260,28 @@ def test_the_sample_fills_rows_and_nothing_is_dropped(sample, rows, row_length):
     assert filled == pytest.approx(loader.fill, abs=0.005)
     assert sum(batch["dropped_pairs"].sum() + batch["dropped_concepts"].sum() for batch in batches) == 0
     concepts = np.mean([(batch["concept_segments"] > 0).mean() for batch in batches])
-    assert concepts > 0.75, "concept rows are worth their slots"
+    assert concepts > 0.8, "concept rows are worth their slots"
+
+
+def test_batches_have_their_share_of_heavy_and_light_rows(sample):
+    loader = make(sample, rows=8, row_length=128, concept_row_length=128)
+    shuffled = RowStream(sample.length_W, row_length=128, seed=3)
+
+    def spread(stream):
+        placed = stream.placed(np.arange(8 * (stream.rows_per_epoch // 8)))
+        return np.bincount(placed.row_N // 8, concept_tokens(sample)[placed.sequence_N]).std()
+
+    assert spread(loader._stream) < 0.4 * spread(shuffled)
+
+
+def test_a_sequences_concept_tokens_are_those_of_its_distinct_concepts(doubled):
+    length_C = np.diff(doubled.concept_offsets_C1)
+    expected = [
+        length_C[np.unique(doubled.pair_concepts_P[first:end])].sum()
+        for first, end in itertools.pairwise(doubled.pair_offsets_W1)
+    ]
+    assert concept_tokens(doubled).tolist() == expected
+    assert max(expected) > 0
 
 
 @pytest.mark.parametrize("room", [8, 9])

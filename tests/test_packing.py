@@ -1,5 +1,6 @@
 """Packing: every sequence once, nothing overlaps, rows nearly full, and the plan a function of (seed, epoch)."""
 
+import itertools
 import queue
 
 import numpy as np
@@ -49,9 +50,21 @@ def test_each_epoch_visits_every_sequence_once_in_another_arrangement():
 
 
 def test_rows_are_visited_in_another_order_each_epoch():
-    orders = [packing.shuffled_rows(100, 0, epoch) for epoch in (0, 1)]
+    orders = [packing.order_rows(100, 0, epoch) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert (orders[0] != orders[1]).mean() > 0.8
+
+
+@pytest.mark.parametrize("num_rows", [96, 103, 5])
+def test_rows_that_follow_each_other_are_of_all_strata(num_rows):
+    strata, load = 8, np.random.default_rng(3).integers(0, 40, num_rows)
+    orders = [packing.order_rows(num_rows, 0, epoch, strata, load) for epoch in (0, 1)]
+    assert (orders[0] != orders[1]).any()
+    for order in orders:
+        assert sorted(order) == list(range(num_rows))
+        stratum = [load[order[place::strata]] for place in range(min(strata, num_rows))]
+        assert all(lighter.max() <= heavier.min() for lighter, heavier in itertools.pairwise(stratum))
+    np.testing.assert_array_equal(orders[1], packing.order_rows(num_rows, 0, 1, strata, load))
 
 
 @pytest.mark.parametrize("lengths", [[5, 65], [0, 3]])

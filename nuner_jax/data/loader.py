@@ -21,6 +21,7 @@ from nuner_jax.data.packed_rows import Placed, RowStream
 from nuner_jax.errors import NunerError
 
 _MEASURED_BATCHES = 256  # batches looked at to choose the static shapes
+_SEQUENCES_AT_ONCE = 2**16  # whose concepts are counted: memory does not grow with the corpus
 _HEADROOM = 1.06  # over the largest of them; what does not fit is counted in the training log
 
 
@@ -73,7 +74,14 @@ class PackedLoader:
         self._visits_M = visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
             raise NunerError(f"no sequence is left at the source weights {weights} (config.data.sources)")
-        self._stream = RowStream(corpus.length_W[self._visits_M], row_length=row_length, seed=seed, shuffle=shuffle)
+        self._stream = RowStream(
+            corpus.length_W[self._visits_M],
+            row_length=row_length,
+            seed=seed,
+            shuffle=shuffle,
+            strata=rows,
+            load_S=None if concept_row_length is None else concept_tokens(corpus)[self._visits_M],
+        )
         self.shapes = self._measure(rows, row_length, concept_row_length, row_multiple)
 
     @property
@@ -230,6 +238,24 @@ def visits(corpus: Corpus, weights: dict[str, float], seed: int) -> np.ndarray:
     weight_W = np.array([weights.get(name, 1.0) for name in corpus.source_names])[corpus.source_W]
     copies_W = np.floor(weight_W) + (keys_W < weight_W % 1)
     return np.repeat(np.arange(corpus.source_W.size), copies_W.astype(np.int64))
+
+
+def concept_tokens(corpus: Corpus) -> np.ndarray:
+    """Tokens of the names of each sequence's distinct concepts: int64 [W].
+
+    The static shapes of a batch are those of the fullest one, so it is these that batches should have alike.
+    """
+    length_C, sequences = np.diff(corpus.concept_offsets_C1), corpus.length_W.size
+    tokens_W = np.zeros(sequences, np.int64)
+    for first in range(0, sequences, _SEQUENCES_AT_ONCE):
+        pair_offsets = np.asarray(corpus.pair_offsets_W1[first : first + _SEQUENCES_AT_ONCE + 1])
+        concept_P = np.asarray(corpus.pair_concepts_P[pair_offsets[0] : pair_offsets[-1]], np.int64)
+        sequence_P = np.repeat(np.arange(pair_offsets.size - 1), np.diff(pair_offsets))
+        sequence_N, concept_N = np.divmod(np.unique(sequence_P * length_C.size + concept_P), length_C.size)
+        tokens_W[first : first + pair_offsets.size - 1] = np.bincount(
+            sequence_N, length_C[concept_N], minlength=pair_offsets.size - 1
+        )
+    return tokens_W
 
 
 def _pair_ranges(corpus: Corpus, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,16 @@ class Placed:
 class RowStream:
     """Packed rows over sequences of known length, epoch after epoch."""
 
-    def __init__(self, length_S: np.ndarray, *, row_length: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        length_S: np.ndarray,
+        *,
+        row_length: int,
+        seed: int,
+        shuffle: bool = True,
+        strata: int = 1,
+        load_S: np.ndarray | None = None,
+    ):
         """Plans the packing.
 
         Args:
@@ -63,11 +72,14 @@ class RowStream:
           row_length: L, tokens per row.
           seed: of the shuffles.
           shuffle: False ends with the first epoch, for evaluation: the rows after it are empty.
+          strata: rows of a batch, if batches are to have about the same load; see `packing.order_rows`.
+          load_S: what each sequence adds to it.
 
         Raises:
           NunerError: a sequence is longer than a row, or empty.
         """
         self.row_length, self._seed, self._shuffle = row_length, seed, shuffle
+        self._strata, self._load_S = strata, load_S
         self._slots = packing.plan_slots(length_S, row_length)
         self._length_S = np.asarray(length_S).astype(np.min_scalar_type(row_length))
         # The slots of row r are _row_slots[_row_offsets[r]:_row_offsets[r + 1]]; behind the last row is an empty one.
@@ -136,7 +148,10 @@ class RowStream:
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The sequence in each slot, and the order of the rows, of one epoch."""
         sequence_M = packing.assign(self._slots, self._length_S, self._seed, epoch)
-        return sequence_M, packing.shuffled_rows(self.rows_per_epoch, self._seed, epoch)
+        load_R = None
+        if self._load_S is not None:
+            load_R = np.bincount(self._slots.row_M, self._load_S[sequence_M], minlength=self.rows_per_epoch)
+        return sequence_M, packing.order_rows(self.rows_per_epoch, self._seed, epoch, self._strata, load_R)
 
 
 class PackedRows(RowStream):

@@ -128,10 +128,26 @@ def assign(slots: Slots, length_M: np.ndarray, seed: int, epoch: int) -> np.ndar
     return shuffled[np.argsort(length_M[shuffled], kind="stable")]
 
 
-def shuffled_rows(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits its rows: int64 [num_rows], a pure function of (seed, epoch)."""
-    keys = np.random.Generator(np.random.Philox(key=[seed, 2 * epoch + 1])).random(num_rows)
-    return np.argsort(keys, kind="stable")
+def order_rows(num_rows: int, seed: int, epoch: int, strata: int = 1, load_R: np.ndarray | None = None) -> np.ndarray:
+    """The order in which an epoch visits its rows: int64 [num_rows], a pure function of (seed, epoch) and the loads.
+
+    Shuffled; and with several strata, any `strata` rows that follow each other hold one of each: one of the lightest
+    rows, and so on, one of the heaviest. A batch of so many rows then has about as much as any other.
+
+    Args:
+      num_rows: rows of the epoch.
+      seed, epoch: of the shuffle.
+      strata: parts of equal size into which the rows are split by load.
+      load_R: what is to be spread evenly; None: nothing is.
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, 2 * epoch + 1]))
+    shuffled = np.argsort(random.random(num_rows), kind="stable")
+    if load_R is None or strata == 1:
+        return shuffled
+    places = random.permutation(num_rows)
+    order = np.empty(num_rows, np.int64)
+    order[places[np.argsort(places % strata, kind="stable")]] = shuffled[np.argsort(load_R[shuffled], kind="stable")]
+    return order
 
 
 def deal(length_N: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

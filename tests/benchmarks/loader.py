@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from nuner_jax import pretrained  # noqa: E402
 from nuner_jax.data import builder, ragged  # noqa: E402
 from nuner_jax.data.corpus import Corpus, load_corpus  # noqa: E402
-from nuner_jax.data.loader import PackedLoader  # noqa: E402
+from nuner_jax.data.loader import PackedLoader, concept_tokens  # noqa: E402
 from nuner_jax.data.packed_rows import RowStream  # noqa: E402
 from nuner_jax.workdir import LIBRARIES, command, versions  # noqa: E402
 
@@ -126,7 +126,15 @@ def measure_planning(corpus: Corpus, data: Any, repeats: int) -> dict[str, Secon
     """The packing of the lengths, and the plan of an epoch, each epoch asked for as soon as the one before is there."""
     packing, epochs = [], []
     for _ in range(repeats):
-        stream, taken = timed(lambda: RowStream(corpus.length_W, row_length=data.row_length, seed=0))
+        stream, taken = timed(
+            lambda: RowStream(
+                corpus.length_W,
+                row_length=data.row_length,
+                seed=0,
+                strata=data.rows,
+                load_S=concept_tokens(corpus),
+            )
+        )
         packing.append(taken)
     stream.placed(np.array([0]))
     for epoch in range(1, repeats + 1):
