@@ -33,21 +33,10 @@ readonly PASSED_ON=(NUNER_EXTRAS NUNER_VENV PYTHON XLA_FLAGS)
 export NUNER_EXTRAS="${NUNER_EXTRAS:-cuda13}"
 
 main() {
-  local attended=""
-  while [[ "${1:-}" == -* ]]; do
-    case "$1" in
-      -h | --help)
-        usage launch/gpu.sh
-        return
-        ;;
-      --dry-run) DRY_RUN=1 ;;
-      --attended) attended=1 ;;  # how the script runs itself on HOSTS
-      *) die "unknown option $1: launch/gpu.sh --help tells how to use it" ;;
-    esac
-    shift
-  done
+  read_options launch/gpu.sh attended "$@"  # --attended is how the script runs itself on HOSTS
+  set -- "${WORDS[@]}"
   check_command launch/gpu.sh "${1:-}"
-  if [[ -n "$attended" ]]; then
+  if [[ "$ACTION" == attended ]]; then
     while_connected here "$@"
   elif [[ -n "${HOSTS:-}" ]]; then
     on_hosts "$@"

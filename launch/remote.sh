@@ -8,6 +8,31 @@ readonly STOPPED=75
 
 DRY_RUN=""  # set by --dry-run
 
+ACTION=""  # the last of the script's own options that was given, without its dashes
+WORDS=()   # what follows the options
+
+# read_options SCRIPT "ACTION..." WORD...: reads --help, --dry-run and the script's own options.
+read_options() {
+  local script="$1" known=" $2 "
+  shift 2
+  while [[ "${1:-}" == -* ]]; do
+    case "$1" in
+      -h | --help)
+        usage "$script"
+        exit
+        ;;
+      --dry-run) DRY_RUN=1 ;;
+      *)
+        [[ "$1" == --* && "$known" == *" ${1#--} "* ]] || die "unknown option $1: $script --help tells how to use it"
+        ACTION="${1#--}"
+        ;;
+    esac
+    shift
+  done
+  # shellcheck disable=SC2034  # read by those who source this
+  WORDS=("$@")
+}
+
 # run COMMAND [ARGUMENT...]: runs it; with --dry-run only prints it, as a shell reads it.
 run() {
   if [[ -n "$DRY_RUN" ]]; then

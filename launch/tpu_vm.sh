@@ -36,28 +36,17 @@ source launch/remote.sh
 # else there is, nobody has measured for this project.
 
 main() {
-  local action=start
-  while [[ "${1:-}" == -* ]]; do
-    case "$1" in
-      -h | --help)
-        usage launch/tpu_vm.sh
-        return
-        ;;
-      --dry-run) DRY_RUN=1 ;;
-      --list | --logs | --delete) action="${1#--}" ;;
-      *) die "unknown option $1: launch/tpu_vm.sh --help tells how to use it" ;;
-    esac
-    shift
-  done
+  read_options launch/tpu_vm.sh "list logs delete" "$@"
+  set -- "${WORDS[@]}"
   need gcloud "https://cloud.google.com/sdk/docs/install"
   need_variables launch/tpu_vm.sh ZONE
-  if [[ "$action" == list ]]; then
+  if [[ "$ACTION" == list ]]; then
     queued list
     return
   fi
   NAME="${1:-}"
   check_name "$NAME"
-  case "$action" in
+  case "${ACTION:-start}" in
     start) start "${@:2}" ;;
     logs) on 0 launch/tpu_worker.sh follow ;;
     delete) queued delete "$NAME" --force --quiet ;;

@@ -35,27 +35,16 @@ source launch/remote.sh
 readonly PATIENCE=--join_timeout=1800
 
 main() {
-  local action=start
-  while [[ "${1:-}" == -* ]]; do
-    case "$1" in
-      -h | --help)
-        usage launch/gke/run.sh
-        return
-        ;;
-      --dry-run) DRY_RUN=1 ;;
-      --list | --logs | --delete) action="${1#--}" ;;
-      *) die "unknown option $1: launch/gke/run.sh --help tells how to use it" ;;
-    esac
-    shift
-  done
+  read_options launch/gke/run.sh "list logs delete" "$@"
+  set -- "${WORDS[@]}"
   need kubectl "https://kubernetes.io/docs/tasks/tools"
-  if [[ "$action" == list ]]; then
+  if [[ "$ACTION" == list ]]; then
     run kubectl get jobs --selector=app=nuner-jax
     return
   fi
   NAME="${1:-}"
   check_name "$NAME"
-  case "$action" in
+  case "${ACTION:-start}" in
     start) start "${@:2}" ;;
     logs) run kubectl logs --follow --container=train \
       --selector="job-name=$NAME,batch.kubernetes.io/job-completion-index=0" --tail=-1 ;;
