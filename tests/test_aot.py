@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nuner_jax import config as config_lib
-from nuner_jax import sharding
+from nuner_jax import program, sharding
 from nuner_jax.aot import compile as aot_compile
-from nuner_jax.aot import sizing
+from nuner_jax.aot import sizing, topology
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
 
@@ -100,6 +100,16 @@ def test_a_batch_as_stated_is_the_one_that_training_has(config_file, rows_file):
     assert sizing.Sized(config, mesh, stated).costs() == task.costs()
 
 
+@pytest.mark.parametrize("remat", ["none", "attention", "layers"])
+def test_the_config_says_what_both_towers_compute_again(config, remat):
+    config.model.remat = remat
+    mesh = sharding.make_mesh(8)
+    task = sizing.Sized(config, mesh, {})
+    made = program.make_program(config, task, mesh)
+    lowered = made.train_step.lower(made.abstract, task.abstract_batch()).as_text()
+    assert lowered.count("stablehlo.optimization_barrier") == (0 if remat == "none" else 2)  # one layer each
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would(config):
     config.data.rows = config.eval.rows = 4
@@ -112,6 +122,7 @@ def test_what_does_not_fit_is_told_with_what_would(config):
     assert not figures["memory"]["fits"]
     advice = {key: one for one in figures["advice"] for key in one["changes"]}
     assert {"optim.accumulate", "mesh.fsdp", "data.rows"} <= advice.keys()
+    assert "model.remat" not in advice  # of no use on CPUs
     assert advice["data.rows"]["fits"]
     assert advice["data.rows"]["peak"] <= limit
     assert any("does not fit" in line for line in said)
@@ -173,3 +184,23 @@ def test_a_tpu_that_is_not_here(config):
     assert figures["memory"]["limit"] == 16e9
     assert figures["memory"]["fits"]
     assert ("all-reduce", "gradients") in carried(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra `tpu` is not installed")
+def test_what_a_tpu_computes_again_it_need_not_hold(config):
+    config.data.update(rows=64, row_length=512)  # of more attention weights than a chip holds beside its memory
+    config.eval.rows = 64
+    config.model.encoder.update(max_position_embeddings=514, num_hidden_layers=2)
+    (devices,) = topology.devices(["v5e:1x1"])
+    advised = aot_compile.alternatives(config, devices)[0]
+    assert advised == [{"model.remat": "attention"}, {"model.remat": "layers"}]
+    figures = []
+    for remat in ("none", "attention", "layers"):
+        config.model.remat = remat
+        figures.append(aot_compile.figures_of(config, devices, {"concept_rows": 8}, None))
+    temporaries = [one["memory"]["temporaries"] for one in figures]
+    assert temporaries == sorted(temporaries, reverse=True) and temporaries[2] < temporaries[0] / 2
+    operations = [one["operations"]["compiled"] for one in figures]
+    assert operations == sorted(operations) and operations[0] < operations[2]
+    assert len({one["operations"]["model"] for one in figures}) == 1  # what is computed twice counts once

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from nuner_jax import pretrained, sharding
+from nuner_jax.config import finetune_schema, pretrain_classes_schema, pretrain_schema
 from nuner_jax.errors import NunerError
 from nuner_jax.models import encoder as encoder_module
 from nuner_jax.models.encoder import Encoder, EncoderConfig, gelu, positions_from_segments
@@ -319,6 +320,66 @@ def test_an_attention_that_cannot_be_had_is_refused():
     with pytest.raises(NunerError, match="'cudnn' computes in bfloat16, not in float32"):
         build(attention_implementation="cudnn")
     build(attention_implementation="cudnn", dtype=jnp.bfloat16)
+
+
+# --- Rematerialisation -------------------------------------------------------------------------
+
+
+def remat_loss(remat, implementation="plain", frozen=0, config=CONFIG):
+    """A loss of parameters and a batch, with dropout."""
+    graphdef = abstract(config, remat=remat, attention_implementation=implementation)[0]
+
+    def loss(params, *batch):
+        hidden = merge(graphdef, params)(*batch, stop_gradient_layers=frozen, dropout_key=jax.random.key(0))
+        return (hidden**2 * jnp.arange(config.hidden_size)).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+@pytest.mark.parametrize("remat", ["attention", "layers"])
+def test_computing_again_changes_no_loss_and_no_gradient(remat, implementation):
+    batch = tiny.packed(tiny.sentences(), CONFIG.pad_token_id)
+    kept, again = (
+        jax.jit(jax.value_and_grad(remat_loss(name, implementation, frozen=1)))(tiny_params(), *batch)
+        for name in ("none", remat)
+    )
+    np.testing.assert_allclose(again[0], kept[0], rtol=1e-6)
+    for path, gradient in flatten(again[1]).items():
+        expected = flatten(kept[1])[path]
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+def test_what_is_computed_again_is_not_kept(implementation):
+    layers, rows, length = 4, 2, 512
+    config = dataclasses.replace(CONFIG, num_layers=layers, max_positions=length + 2)
+    batch = [jax.ShapeDtypeStruct((rows, length), jnp.int32)] * 2
+
+    def kept(remat, frozen):
+        """The shapes of what the backward pass is given of the forward pass."""
+        forward = functools.partial(jax.vjp, remat_loss(remat, implementation, frozen, config))
+        back = jax.eval_shape(lambda *inputs: forward(*inputs)[1], abstract(config)[1], *batch)
+        return [leaf for leaf in jax.tree.leaves(back) if leaf.shape[:1] == (rows,)]
+
+    def size(leaves):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    nothing, attention, whole = (kept(remat, frozen=0) for remat in ("none", "attention", "layers"))
+    weights = (rows, config.num_heads, length, length)
+    assert [leaf.shape for leaf in nothing].count(weights) >= layers
+    assert weights not in {leaf.shape for leaf in attention}
+    assert size(whole) < size(attention) / 2 < size(nothing) / 4
+    inputs = [leaf for leaf in whole if leaf.shape == (rows, length, config.hidden_size)]
+    assert size(whole) - size(inputs) < size(inputs), "the mask, and what the embeddings keep"
+    assert size(kept("layers", frozen=2)) < size(whole)
+
+
+def test_what_cannot_be_computed_again_is_refused():
+    with pytest.raises(NunerError, match="remat 'mlp' is unknown; choose one of none, attention, layers"):
+        build(remat="mlp")
+    for schema in (pretrain_schema, pretrain_classes_schema, finetune_schema):
+        assert schema.CHOICES["model.remat"] == encoder_module.REMAT
 
 
 # --- Parameters --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from nuner_jax import sharding
 from nuner_jax.aot import compiled_step, sizing, topology
 from nuner_jax.aot.table import advice_line, growth_lines, lines
 from nuner_jax.errors import NunerError
+from nuner_jax.models.encoder import REMAT
 from nuner_jax.tasks import make_task
 
 
@@ -81,7 +82,7 @@ def figures_of(
 
 def _advice(config: ConfigDict, devices, stated, limit) -> Iterator[dict]:
     """Of each kind of setting the first that fits, or the last that was tried: the keys, and the memory then needed."""
-    for attempts in _alternatives(config, len(devices)):
+    for attempts in alternatives(config, devices):
         tried = None
         for changes in attempts:
             other = copy.deepcopy(config)
@@ -99,15 +100,17 @@ def _advice(config: ConfigDict, devices, stated, limit) -> Iterator[dict]:
             yield tried
 
 
-def _alternatives(config: ConfigDict, devices: int) -> list[list[dict]]:
+def alternatives(config: ConfigDict, devices: Sequence[jax.Device]) -> list[list[dict]]:
     """Settings that need less memory, kind by kind, from the mildest: config keys and their values."""
-    rows, accumulate, parts = config.data.rows, config.optim.accumulate, devices // max(1, config.mesh.tensor)
+    rows, accumulate, parts = config.data.rows, config.optim.accumulate, len(devices) // max(1, config.mesh.tensor)
+    remat = REMAT[REMAT.index(config.model.remat) + 1 :] if devices[0].platform != "cpu" else ()  # saves nothing there
     halvings = [2**n for n in range(1, 5)]
     kinds = [
+        [{"model.remat": again} for again in remat],
         [{"optim.accumulate": accumulate * n} for n in halvings if rows % (accumulate * n * parts) == 0],
         [{"mesh.data": 1, "mesh.fsdp": -1}] if config.mesh.fsdp == 1 and config.mesh.tensor != -1 else [],
         [{"data.rows": rows // n} for n in halvings if rows % (n * accumulate * parts) == 0],
     ]
     if "loss" in config and "chunk" in config.loss and (config.loss.chunk or 2**20) > 1024:
-        kinds.insert(1, [{"loss.chunk": 1024}])
+        kinds.insert(2, [{"loss.chunk": 1024}])
     return kinds

@@ -11,6 +11,7 @@ CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "plain", "xla", "cudnn"),
+    "model.remat": ("none", "attention", "layers"),
     "head.kind": ("linear", "mlp"),
     "head.scheme": ("io", "bio", "bilou"),
     "checkpoint.best": ("dev/entity_f1", "dev/token_macro_f1", "dev/string_f1", "dev/loss"),
@@ -148,6 +149,8 @@ def _model(encoder: ConfigDict) -> ConfigDict:
             "dtype": "bfloat16",  # of the encoder's computation; parameters and the head are float32
             "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
             # xla elsewhere (models/attention.py)
+            "remat": "none",  # what the backward pass computes again so that memory need not hold it (TPUs, GPUs): the
+            # weights of "attention" (few operations, and most memory of long rows), or "layers", all but their inputs
         }
     ).lock()
 

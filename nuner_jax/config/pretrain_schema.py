@@ -17,6 +17,7 @@ CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "plain", "xla", "cudnn"),
+    "model.remat": ("none", "attention", "layers"),
     "loss.normaliser": ("positives", "pairs"),
     "checkpoint.best": ("retrieval/mrr", "validation/loss"),
 }
@@ -155,6 +156,8 @@ def _model() -> ConfigDict:
             "dtype": "bfloat16",  # of the computation; parameters are float32
             "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
             # xla elsewhere (models/attention.py)
+            "remat": "none",  # what the backward pass computes again so that memory need not hold it (TPUs, GPUs): the
+            # weights of "attention" (few operations, and most memory of long rows), or "layers", all but their inputs
         }
     ).lock()
 

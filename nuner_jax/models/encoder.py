@@ -24,6 +24,9 @@ from nuner_jax.models.encoder_config import EncoderConfig
 
 __all__ = ["Encoder", "EncoderConfig", "positions_from_segments"]
 
+REMAT = ("none", "attention", "layers")
+"""What the backward pass computes again, in place of keeping it: see `Encoder`."""
+
 INITIALIZER_STDDEV = 0.02  # As in BERT; values beyond two standard deviations are drawn again.
 
 
@@ -84,16 +87,18 @@ class Attention(nnx.Module):
     the fused kernels have none, and the choice of a kernel must not change what is trained.
     """
 
-    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, remat: str, rngs: nnx.Rngs):
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         self.implementation = implementation
+        self.remat = remat == "attention"
         self.qkv = _dense(config.hidden_size, (3, *heads), dtype, rngs)
         self.out = _dense(heads, config.hidden_size, dtype, rngs)
 
     def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
         qkv_BxLx3xHxK = self.qkv(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-        heads_BxLxHxK = attention.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask_Bx1xLxL, self.implementation)
+        attend = jax.checkpoint(attention.attend, static_argnums=4) if self.remat else attention.attend
+        heads_BxLxHxK = attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask_Bx1xLxL, self.implementation)
         return self.out(heads_BxLxHxK)
 
 
@@ -111,14 +116,20 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One post-norm layer: attention, then MLP, each added to its input and normalised."""
 
-    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, remat: str, rngs: nnx.Rngs):
         self.dropout = config.dropout
-        self.attention = Attention(config, dtype=dtype, implementation=implementation, rngs=rngs)
+        self.remat = remat == "layers"
+        self.attention = Attention(config, dtype=dtype, implementation=implementation, remat=remat, rngs=rngs)
         self.attention_norm = _layer_norm(config, dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        # A function made for this call: what JAX traces of one, parameters included, it may use again.
+        forward = jax.checkpoint(lambda *inputs: self._forward(*inputs)) if self.remat else self._forward
+        return forward(x_BxLxD, mask_Bx1xLxL, dropout_key)
+
+    def _forward(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         attended_BxLxD = self.attention(x_BxLxD, mask_Bx1xLxL)
         attended_BxLxD = dropped(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
         x_BxLxD = self.attention_norm(x_BxLxD + attended_BxLxD)
@@ -136,6 +147,12 @@ class Encoder(nnx.Module):
     `attention_implementation` is one of `attention.IMPLEMENTATIONS`. Raises NunerError for any other name, and for
     "cudnn" with f32.
 
+    `remat` is one of `REMAT`, what the backward pass computes again so that it need not be kept: nothing; the L x L
+    weights of each head ("attention": the most memory of long rows for the least arithmetic, and nothing is gained
+    with "cudnn", which keeps none anyway); or all of a layer but its input ("layers"). Frozen layers keep nothing in
+    any case. Values and gradients stay what they are. XLA's compiler for CPUs finds that the same is computed twice,
+    and keeps it after all: there it saves nothing. Raises NunerError for any other name.
+
     `activations` places the vectors between the layers (it must divide B); None leaves the choice to XLA, which
     may follow split parameters and split the vectors by width, and then adds whole activations over devices.
     """
@@ -147,14 +164,17 @@ class Encoder(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         attention_implementation: str = "xla",
+        remat: str = "none",
         activations: jax.sharding.NamedSharding | None = None,
     ):
         attention.check(attention_implementation, dtype)
+        if remat not in REMAT:
+            raise NunerError(f"remat {remat!r} is unknown; choose one of {', '.join(REMAT)}")
         self.config = config
         self.activations = activations
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs, activations=activations)
         self.layers = nnx.List(
-            Layer(config, dtype=dtype, implementation=attention_implementation, rngs=rngs)
+            Layer(config, dtype=dtype, implementation=attention_implementation, remat=remat, rngs=rngs)
             for _ in range(config.num_layers)
         )
 

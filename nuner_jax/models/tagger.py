@@ -78,6 +78,7 @@ class Tagger(nnx.Module):
         standardise: bool,
         dtype,
         attention: str,
+        remat: str = "none",
         activations: jax.sharding.NamedSharding | None = None,
         rngs: nnx.Rngs,
     ):
@@ -90,7 +91,7 @@ class Tagger(nnx.Module):
           frozen_layers: bottom layers of the encoder (and its embeddings, where more than 0) without gradient.
           kind, width, dropout, standardise: of the head.
           dtype: of the encoder's computation; parameters and the head are float32.
-          attention, activations: as `Encoder` takes them.
+          attention, remat, activations: as `Encoder` takes them.
           rngs: random streams for the initial parameters.
 
         Raises:
@@ -99,7 +100,8 @@ class Tagger(nnx.Module):
         if not 0 <= frozen_layers <= text.num_layers:
             raise NunerError(f"config.model.frozen_layers: {frozen_layers} of {text.num_layers} layers")
         self.hidden_layers, self.frozen_layers = tuple(layers), frozen_layers
-        self.text = Encoder(text, dtype=dtype, attention_implementation=attention, activations=activations, rngs=rngs)
+        options = {"dtype": dtype, "attention_implementation": attention, "remat": remat, "activations": activations}
+        self.text = Encoder(text, **options, rngs=rngs)
         self.text.check_layers(layers)
         self.head = Head(
             len(layers) * text.hidden_size,

@@ -42,6 +42,7 @@ class TwoTower(nnx.Module):
         bias: float,
         dtype,
         attention: str,
+        remat: str = "none",
         activations: jax.sharding.NamedSharding | None = None,
         rngs: nnx.Rngs,
     ):
@@ -54,6 +55,7 @@ class TwoTower(nnx.Module):
           scale, bias: initial values of the logit.
           dtype: of the computation; parameters are float32.
           attention: implementation of the attention, as `Encoder` takes it.
+          remat: what both towers compute again in the backward pass, as `Encoder` takes it.
           activations: where both towers' activations belong, as `Encoder` takes it.
           rngs: random streams for the initial parameters.
 
@@ -73,9 +75,9 @@ class TwoTower(nnx.Module):
             )
         self.frozen_layers = frozen_layers
         self.concept_pooling = concept_pooling
-        options = {"dtype": dtype, "attention_implementation": attention, "activations": activations, "rngs": rngs}
-        self.text = Encoder(text, **options)
-        self.concept = Encoder(concept, **options)
+        options = {"dtype": dtype, "attention_implementation": attention, "remat": remat, "activations": activations}
+        self.text = Encoder(text, **options, rngs=rngs)
+        self.concept = Encoder(concept, **options, rngs=rngs)
         self.logit = Logit(scale, bias)
 
     def token_vectors(self, tokens_RxL, segments_RxL, dropout_key=None) -> jax.Array:

@@ -93,6 +93,7 @@ class ClosedSet(Task):
             standardise=False,
             dtype=jnp.dtype(model.dtype),
             attention=text_tower.attention(model, self._mesh),
+            remat=text_tower.remat(model),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

@@ -99,6 +99,7 @@ class Pretrain(Task):
             bias=loss.bias,
             dtype=jnp.dtype(model.dtype),
             attention=text_tower.attention(model, self._mesh),
+            remat=text_tower.remat(model),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

@@ -87,6 +87,7 @@ class Tagging(Task):
             standardise=head.standardise,
             dtype=jnp.dtype(model.dtype),
             attention=text_tower.attention(model, self._mesh),
+            remat=text_tower.remat(model),
             activations=sharding.row_sharding(self._mesh),
             rngs=rngs,
         )

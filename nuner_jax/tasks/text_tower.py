@@ -48,6 +48,11 @@ def attention(model: ConfigDict, mesh: Mesh) -> str:
     return fastest(_platform(mesh)) if model.attention == "auto" else model.attention
 
 
+def remat(model: ConfigDict) -> str:
+    """What `config.model` has the backward pass compute again; a run from before this was a choice kept all."""
+    return model.get("remat", "none")
+
+
 def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
