@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from nuner_jax.errors import NunerError
-from nuner_jax.folders import local_path
+from nuner_jax.folders import check_free, local_path, told_size
 from nuner_jax.sharding import tree_paths
 from nuner_jax.state import TrainState
 
@@ -298,13 +297,9 @@ def check_space(workdir: Path, state: TrainState, keep: int) -> None:
     more = max(1, keep + 2 - held)
     # Orbax deletes what an interrupted save left behind.
     unfinished = [child for child in folder.iterdir() if not child.name.isdigit()] if folder.is_dir() else []
-    needed, free = more * size, shutil.disk_usage(workdir).free + sum(map(_bytes_in, unfinished))
-    if free < needed:
-        count = f"{more} {'more ' if held else ''}checkpoint{'s' * (more > 1)}"
-        raise NunerError(
-            f"{workdir}: {_size(free)} are free, and {_size(needed)} are needed for {count} of {_size(size)}; "
-            "free some space, choose another --workdir, or lower config.checkpoint.keep"
-        )
+    what = f"{more} {'more ' if held else ''}checkpoint{'s' * (more > 1)} of {told_size(size)}"
+    way_on = "choose another --workdir, or lower config.checkpoint.keep"
+    check_free(workdir, more * size, what, way_on, making_way=sum(map(_bytes_in, unfinished)))
 
 
 def _bytes_in(folder: Path) -> int:
@@ -314,15 +309,6 @@ def _bytes_in(folder: Path) -> int:
             with contextlib.suppress(OSError):  # another process may be deleting it
                 total += os.lstat(os.path.join(place, name)).st_size
     return total
-
-
-def _size(count: float) -> str:
-    """A number of bytes for people: "12.3 MB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 def _steps(folder: Path) -> list[int]:

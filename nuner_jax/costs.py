@@ -99,7 +99,9 @@ def total(parts: Iterable[Part]) -> Cost:
     return sum((part.both for part in parts), start=Cost())
 
 
-def encoder(config: EncoderConfig, load: Load, *, frozen_layers: int, itemsize: int) -> dict[str, Part]:
+def encoder(
+    config: EncoderConfig, load: Load, *, frozen_layers: int, itemsize: int, keeps_frozen: bool = False
+) -> dict[str, Part]:
     """The parts "embeddings", "frozen" and "trained" of an encoder.
 
     Args:
@@ -107,6 +109,7 @@ def encoder(config: EncoderConfig, load: Load, *, frozen_layers: int, itemsize: 
       load: what it is given.
       frozen_layers: bottom layers that, with the embeddings, have no backward pass; 0: all is trained.
       itemsize: bytes of a number in the compute dtype.
+      keeps_frozen: whether what the embeddings and the frozen layers give is there already: then they cost nothing.
     """
     forward, backward = _layer(config, load, itemsize)
     frozen = sum((Part(forward) for _ in range(frozen_layers)), start=Part(Cost()))
@@ -118,6 +121,8 @@ def encoder(config: EncoderConfig, load: Load, *, frozen_layers: int, itemsize: 
             -6.0 * load.tokens * width**2, -4.0 * load.tokens * width * itemsize, -_weights(3 * width**2, load)
         )
         trained += Part(Cost(), first)
+    if keeps_frozen:
+        return {"embeddings": Part(Cost()), "frozen": Part(Cost()), "trained": trained}
     embeddings = Part(_embedding(config, load, itemsize))
     if not frozen_layers:
         embeddings = dataclasses.replace(embeddings, backward=_embedding_gradient(config, load, itemsize))

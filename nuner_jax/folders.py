@@ -67,6 +67,36 @@ def writing(out: Path) -> Iterator[None]:
         raise NunerError(f"{out}: cannot be written ({reason}{place}); {advice}") from error
 
 
+def check_free(folder: Path, needed: int, what: str, way_on: str, *, making_way: int = 0) -> None:
+    """Compares the disk space that something will take with what is free.
+
+    Args:
+      folder: that it goes to, and is there.
+      needed: bytes.
+      what: they are needed for.
+      way_on: what can be done beside freeing some space.
+      making_way: bytes of files that will be deleted before.
+
+    Raises:
+      NunerError: it does not suffice.
+    """
+    free = shutil.disk_usage(folder).free + making_way
+    if free < needed:
+        raise NunerError(
+            f"{folder}: {told_size(free)} are free, and {told_size(needed)} are needed for {what}; "
+            f"free some space, {way_on}"
+        )
+
+
+def told_size(count: float) -> str:
+    """A number of bytes for people: "12.3 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder that is there; the lock goes with this process, however that ends.

@@ -121,6 +121,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> Run:
     )
     start = initialise.start(config, task, program.optimizer, checkpoints, program.abstract)
     console.say(f"initialisation: {start.origin}")
+    task.begin(start.state.params, console.say)
     for change in workdir_lib.write_config(config, workdir, start.resumed):
         console.say(f"config changed since the last start: {change}")
     if jax.process_index() == 0:

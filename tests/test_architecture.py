@@ -51,6 +51,7 @@ LAYERS = {
         "tasks.batches",
         "tasks.closed_set",
         "tasks.corpora",
+        "tasks.frozen_half",
         "tasks.pretrain",
         "tasks.protocol",
         "tasks.retrieval",

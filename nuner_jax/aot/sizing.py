@@ -90,9 +90,12 @@ class Sized(Pretrain):
             "dropped_pairs": (shapes.rows,),
             "dropped_concepts": (shapes.concept_rows,),
         }
+        if self._keeps_frozen:
+            arrays["frozen"] = (*text, self.text_config.hidden_size)
+        dtypes = {"scored": jnp.bool_, "frozen": jnp.bfloat16}
         return {
             name: jax.ShapeDtypeStruct(
-                (self._config.optim.accumulate, *shape), bool if name == "scored" else jnp.int32, sharding=place
+                (self._config.optim.accumulate, *shape), dtypes.get(name, jnp.int32), sharding=place
             )
             for name, shape in arrays.items()
         }

@@ -10,7 +10,7 @@ from nuner_jax.config import pretrain_schema
 from nuner_jax.errors import NunerError
 
 _CONTRASTIVE = ("data.concept_row_length", "data.concept_length", "data.row_multiple")
-_CONTRASTIVE += ("model.concept", "model.concept_pooling", "loss")
+_CONTRASTIVE += ("model.concept", "model.concept_pooling", "model.keep_frozen", "loss")
 """Keys of contrastive pre-training that mean nothing here."""
 
 

@@ -151,6 +151,8 @@ def _model() -> ConfigDict:
                 "pad_token_id": 1,
             },
             "frozen_layers": 6,  # bottom layers of the text tower, with its embeddings, left as they are (paper)
+            "keep_frozen": False,  # compute the frozen layers once, before training, and keep their vectors in
+            # data.cache_dir (bfloat16, without dropout in them); False: in every step
             "dropout": 0.1,  # on embeddings and block outputs, the encoders' own rate
             "concept_pooling": "mean",  # of a name's token vectors; or "first"
             "dtype": "bfloat16",  # of the computation; parameters are float32

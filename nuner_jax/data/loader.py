@@ -71,6 +71,7 @@ class PackedLoader:
           NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
         """
         self.corpus, self.pad_id = corpus, pad_id
+        self.frozen_TxD: np.ndarray | None = None  # of each token of the corpus, to be gathered with it
         self._visits_M = visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
             raise NunerError(f"no sequence is left at the source weights {weights} (config.data.sources)")
@@ -119,7 +120,7 @@ class PackedLoader:
           pair_positions, pair_concepts [R, P] int32 (-1 pads; positions in the row, concept ids);
           concept_tokens, concept_segments [Q, K] int32; concept_ids [Q, S] int32 (-1 is an empty slot);
           dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for. Of text rows alone
-          there are those of the text.
+          there are those of the text. With `frozen_TxD`, frozen [R, L, D] besides, 0 in padding.
         """
         number_R = index * self.shapes.rows + np.arange(self.shapes.rows)
         text = self._text_rows(self._placed(number_R if text_rows is None else number_R[text_rows]))
@@ -156,6 +157,9 @@ class PackedLoader:
         where = row_P[kept_P], place_P[kept_P]
         pair_positions[where] = position_P[kept_P] % placed.row_length
         pair_concepts[where] = corpus.pair_concepts_P[pairs[kept_P]]
+        frozen = {}
+        if self.frozen_TxD is not None:
+            frozen["frozen"] = placed.values(self.frozen_TxD, corpus.sequence_offsets_W1, 0)
         return {
             "tokens": tokens,
             "segments": segments,
@@ -163,6 +167,7 @@ class PackedLoader:
             "pair_positions": pair_positions,
             "pair_concepts": pair_concepts,
             "dropped_pairs": np.bincount(row_P[~kept_P], minlength=rows).astype(np.int32),
+            **frozen,
         }
 
     def _concept_rows(self, concepts: np.ndarray, part: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -44,12 +44,30 @@ class Placed:
           tokens_T, offsets_S1: the tokens of all sequences, and where each begins.
           pad_id: the token of empty places.
         """
-        tokens = np.full((self.rows, self.row_length), pad_id, np.int32)
-        segments = np.zeros_like(tokens)
-        to = ragged.ranges(self.start_N, self.length_N)
-        tokens.reshape(-1)[to] = tokens_T[ragged.ranges(offsets_S1[self.sequence_N], self.length_N)]
-        segments.reshape(-1)[to] = np.repeat(self.segment_N, self.length_N)
-        return tokens, segments
+        segments = np.zeros((self.rows, self.row_length), np.int32)
+        segments.reshape(-1)[self.places()] = np.repeat(self.segment_N, self.length_N)
+        return self.values(tokens_T, offsets_S1, pad_id), segments
+
+    def values(self, values_T: np.ndarray, offsets_S1: np.ndarray, empty: float) -> np.ndarray:
+        """What stands for each token, in rows: [R, L, ...].
+
+        Args:
+          values_T: [T, ...], of the tokens of all sequences.
+          offsets_S1: where each sequence begins.
+          empty: the value of empty places.
+        """
+        rest = values_T.shape[1:]
+        rows = np.full((self.rows, self.row_length, *rest), empty, values_T.dtype)
+        rows.reshape(-1, *rest)[self.places()] = values_T[self.origins(offsets_S1)]
+        return rows
+
+    def places(self) -> np.ndarray:
+        """Where each token stands, counted over the flattened rows: int64 [sum of length_N]."""
+        return ragged.ranges(self.start_N, self.length_N)
+
+    def origins(self, offsets_S1: np.ndarray) -> np.ndarray:
+        """Of each of these tokens, its place among the tokens of all sequences, which begin at the offsets: int64."""
+        return ragged.ranges(offsets_S1[self.sequence_N], self.length_N)
 
 
 class RowStream:

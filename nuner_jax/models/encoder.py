@@ -171,6 +171,7 @@ class Encoder(nnx.Module):
         if remat not in REMAT:
             raise NunerError(f"remat {remat!r} is unknown; choose one of {', '.join(REMAT)}")
         self.config = config
+        self.dtype = dtype
         self.activations = activations
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs, activations=activations)
         self.layers = nnx.List(
@@ -187,6 +188,7 @@ class Encoder(nnx.Module):
         stop_gradient_layers: int = 0,
         dropout_key: jax.Array | None = None,
         layers: Sequence[int] = (-1,),
+        below_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes a batch of rows.
 
@@ -203,6 +205,8 @@ class Encoder(nnx.Module):
           dropout_key: turns dropout on (rate `config.dropout`); None is the deterministic model.
           layers: whose vectors are wanted, numbered as the `hidden_states` of transformers: 0 the embeddings, n the
             n-th layer, -1 the last one.
+          below_BxLxD: what the embeddings and the `stop_gradient_layers` bottom layers would give, so that they are
+            not computed, and no layer below it can be returned; None: they are.
 
         Returns: hidden_BxLxD, of the compute dtype; of several layers, their vectors one after another.
         Raises: NunerError if there are not as many layers to cut, or to return.
@@ -217,10 +221,15 @@ class Encoder(nnx.Module):
             positions_BxL = positions_from_segments(segments_BxL)
         mask_Bx1xLxL = segments_BxL[:, None, :, None] == segments_BxL[:, None, None, :]
 
-        x_BxLxD = self.embeddings(tokens_BxL, positions_BxL)
-        x_BxLxD = self.place(dropped(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0)))
-        hidden = [x_BxLxD]
-        for number, layer in enumerate(self.layers, start=1):
+        if below_BxLxD is None:
+            given = 0
+            x_BxLxD = self.embeddings(tokens_BxL, positions_BxL)
+            x_BxLxD = self.place(dropped(x_BxLxD, self.config.dropout, _fold_in(dropout_key, 0)))
+        else:
+            given = stop_gradient_layers
+            x_BxLxD = self.place(below_BxLxD.astype(self.dtype))
+        hidden = [None] * given + [x_BxLxD]
+        for number, layer in enumerate(self.layers[given:], start=given + 1):
             x_BxLxD = self.place(layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number)))
             if number == stop_gradient_layers:
                 x_BxLxD = jax.lax.stop_gradient(x_BxLxD)

@@ -80,13 +80,18 @@ class TwoTower(nnx.Module):
         self.concept = Encoder(concept, **options, rngs=rngs)
         self.logit = Logit(scale, bias)
 
-    def token_vectors(self, tokens_RxL, segments_RxL, dropout_key=None) -> jax.Array:
-        """One vector per token of packed rows: [R, L, D]."""
+    def frozen_vectors(self, tokens_RxL, segments_RxL) -> jax.Array:
+        """What the embeddings and the frozen layers make of packed rows: [R, L, D]."""
+        return self.text(tokens_RxL, segments_RxL, layers=(self.frozen_layers,))
+
+    def token_vectors(self, tokens_RxL, segments_RxL, dropout_key=None, frozen_RxLxD=None) -> jax.Array:
+        """One vector per token of packed rows: [R, L, D]; from their `frozen_vectors`, where these are given."""
         return self.text(
             tokens_RxL,
             segments_RxL,
             stop_gradient_layers=self.frozen_layers,
             dropout_key=dropout_key,
+            below_BxLxD=frozen_RxLxD,
         )
 
     def concept_vectors(self, tokens_QxK, segments_QxK, num_slots: int, dropout_key=None) -> jax.Array:

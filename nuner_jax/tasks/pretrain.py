@@ -20,7 +20,7 @@ from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
-from nuner_jax.tasks import batches, retrieval, text_tower
+from nuner_jax.tasks import batches, frozen_half, retrieval, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task
 
@@ -38,6 +38,9 @@ class Pretrain(Task):
         self.best_metric = config.checkpoint.best
         self.best_is_lower = self.best_metric == "validation/loss"
         text_tower.check_platform(config, mesh, {"config.data.row_multiple": config.data.row_multiple})
+        self._keeps_frozen = config.model.get("keep_frozen", False)  # runs of before have no such key
+        if self._keeps_frozen:
+            frozen_half.check(config.model, mesh)
         self.text_config, self.concept_config = (_encoder_config(config, tower) for tower in ("text", "concept"))
         self._graphdef, self._abstract = params_lib.split(nnx.eval_shape(lambda: self._towers(nnx.Rngs(0))))
         self._open_data(say)
@@ -66,6 +69,8 @@ class Pretrain(Task):
             seed=config.seed,
             weights={name: source.weight for name, source in data.sources.items()},
         )
+        if self._keeps_frozen:
+            self.loader.frozen_TxD = frozen_half.unknown(self.corpus, self.text_config.hidden_size)
         # The same batches for every seed of a run, so that their figures compare.
         self.validation_loader = make_loader(self.validation, rows=config.eval.rows, seed=0, shuffle=False)
         self.batch_rows = _row_counts(self.loader)
@@ -116,6 +121,29 @@ class Pretrain(Task):
             towers[tower] = pretrained.load_encoder(folder, encoder, abstract_params[tower])
         return towers
 
+    def begin(self, params: dict, say: Callable[[str], None]) -> None:
+        """Computes what the frozen layers make of the training data, where that is kept and not there yet."""
+        if not self._keeps_frozen:
+            return
+        model, place = self._config.model, sharding.row_sharding(self._mesh)
+
+        @functools.partial(jax.jit, out_shardings=place)
+        def encode(params: dict, tokens_RxL: jax.Array, segments_RxL: jax.Array) -> jax.Array:
+            towers = params_lib.merge(self._graphdef, params)
+            return towers.frozen_vectors(tokens_RxL, segments_RxL).astype(frozen_half.DTYPE)
+
+        bottom = frozen_half.Bottom(
+            config=self.text_config,
+            layers=model.frozen_layers,
+            dtype=model.dtype,
+            params=params,
+            encode=lambda *rows: encode(params, *jax.device_put(rows, place)),
+            rows=self.loader.shapes.rows,
+            row_length=self.loader.shapes.row_length,
+        )
+        cache_dir = Path(self._config.data.cache_dir).expanduser()
+        self.loader.frozen_TxD = frozen_half.vectors(bottom, self.corpus, cache_dir, say)
+
     def is_frozen(self, path: str) -> bool:
         """The bottom of the text tower, and the scale and bias where the config fixes them."""
         learned = {"logit/log_scale": self._config.loss.learn_scale, "logit/bias": self._config.loss.learn_bias}
@@ -127,7 +155,7 @@ class Pretrain(Task):
         text_key, concept_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         slots = batch["concept_ids"].shape[1]
         return (
-            towers.token_vectors(batch["tokens"], batch["segments"], text_key),
+            towers.token_vectors(batch["tokens"], batch["segments"], text_key, batch.get("frozen")),
             towers.concept_vectors(batch["concept_tokens"], batch["concept_segments"], slots, concept_key),
         )
 
@@ -193,8 +221,9 @@ class Pretrain(Task):
             scored_A, concepts_A = batch["scored"].sum((1, 2)), (batch["concept_ids"] >= 0).sum((1, 2))
         size = jnp.dtype(model.dtype).itemsize
         pairs, vectors = float(scored_A @ concepts_A), float(np.sum(scored_A + concepts_A))
+        text_options = {"frozen_layers": model.frozen_layers, "keeps_frozen": self._keeps_frozen}
         return costs.two_towers(
-            costs.encoder(self.text_config, text, frozen_layers=model.frozen_layers, itemsize=size),
+            costs.encoder(self.text_config, text, **text_options, itemsize=size),
             costs.encoder(self.concept_config, concept, frozen_layers=0, itemsize=size),
             costs.contrastive_loss(pairs, vectors, self.text_config.hidden_size, size),
         )
@@ -314,7 +343,7 @@ def _local_batch(loader: PackedLoader, local_rows: Callable[[int], np.ndarray]) 
 def _row_counts(loader: PackedLoader) -> dict[str, int]:
     """Rows of the whole batch, for each of its arrays."""
     shapes = loader.shapes
-    text = ("tokens", "segments", "scored", "pair_positions", "pair_concepts", "dropped_pairs")
+    text = ("tokens", "segments", "scored", "pair_positions", "pair_concepts", "dropped_pairs", "frozen")
     concepts = ("concept_tokens", "concept_segments", "concept_ids", "dropped_concepts")
     return dict.fromkeys(text, shapes.rows) | dict.fromkeys(concepts, shapes.concept_rows)
 

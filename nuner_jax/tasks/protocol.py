@@ -42,6 +42,9 @@ class Task(Protocol):
     def pretrained_params(self, abstract_params: dict) -> dict:
         """Host arrays of the part of the parameters that pretrained weights replace: a nested dict."""
 
+    def begin(self, params: dict, say: Callable[[str], None]) -> None:
+        """Whatever of the state's parameters is to be made ready for `train_batch`, before the first step."""
+
     def is_frozen(self, path: str) -> bool:
         """Whether the parameter of this "/"-joined path is left as it is."""
 
