@@ -199,8 +199,6 @@ def test_what_a_tpu_computes_again_it_need_not_hold(config):
     for remat in ("none", "attention", "layers"):
         config.model.remat = remat
         figures.append(aot_compile.figures_of(config, devices, {"concept_rows": 8}, None))
-    temporaries = [one["memory"]["temporaries"] for one in figures]
-    assert temporaries == sorted(temporaries, reverse=True) and temporaries[2] < temporaries[0] / 2
-    operations = [one["operations"]["compiled"] for one in figures]
-    assert operations == sorted(operations) and operations[0] < operations[2]
+    nothing, *again = ((one["memory"]["temporaries"], one["operations"]["compiled"]) for one in figures)
+    assert all(memory < 0.8 * nothing[0] and operations > nothing[1] for memory, operations in again)
     assert len({one["operations"]["model"] for one in figures}) == 1  # what is computed twice counts once
