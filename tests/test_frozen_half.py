@@ -345,7 +345,8 @@ def test_several_processes_are_refused(config, rows_file, tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "nuner_jax.train", f"--config=tests/configs/tiny.py:{rows_file}"]
     command += [f"--workdir={tmp_path}/run", f"--config.data.cache_dir={config.data.cache_dir}"]
-    command += ["--config.model.keep_frozen", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    command += ["--config.model.keep_frozen", "--config.data.rows=16", "--config.eval.rows=16"]
+    command += ["--config.data.row_multiple=16", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     processes = [
         subprocess.Popen([*command, f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for i in range(2)
