@@ -1,10 +1,8 @@
 """Checkpoints as files: cut off, missing, of another model, too large for the disk, read on other devices."""
 
-import contextlib
 import errno
 import json
 import os
-import resource
 import shutil
 
 import jax
@@ -18,6 +16,7 @@ from nuner_jax.folders import local_path, writing
 from nuner_jax.state import TrainState
 from nuner_jax.train import train
 from nuner_jax.writers import read_metrics
+from tests.full_disk import file_size_limit
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +119,6 @@ def test_parameters_from_another_run_are_those_that_training_starts_from(make_co
     theirs, ours = (checkpoint.load_params(path / "checkpoints" / step) for path, step in
                     ((finished, "1"), (tmp_path, "0")))  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-@contextlib.contextmanager
-def file_size_limit(limit):
-    """Writes beyond this size fail, as they do on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [100_000, 1_000_000], ids=["tokenizer", "weights"])

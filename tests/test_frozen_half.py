@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ from nuner_jax.sharding import tree_paths
 from nuner_jax.state import combine, partition
 from nuner_jax.tasks import frozen_half, make_task
 from nuner_jax.writers import Console
+from tests.full_disk import file_size_limit
 
 
 class Said(Console):
@@ -291,17 +291,6 @@ def test_a_file_that_was_cut_off_is_filled_anew_and_many_pieces_give_the_vectors
     run, said = prepared(copied, tmp_path / "run")
     assert "computed in" in said.frozen()
     np.testing.assert_allclose(vectors_of(run), vectors_of(first[1]), rtol=2**-7, atol=1e-5)
-
-
-@contextlib.contextmanager
-def file_size_limit(limit):
-    """Writes beyond this size fail, as they do on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_named_and_nothing_is_left(config, tmp_path):
