@@ -216,7 +216,8 @@ def test_micro_batches_add_up_to_one_update(launch, tmp_path):
     assert "batch: rows 2, " in output
     lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
     assert len(lines) == 4
-    assert lines[0]["train/sequences"] > 8, "the four micro-batches of a step are counted together"
+    sequences = [line["train/sequences"] for line in lines]
+    assert min(sequences) >= 8 and max(sequences) > 8, "the four micro-batches of a step are counted together"
 
 
 def test_another_runs_checkpoint_is_a_start_without_its_optimizer(launch, undisturbed, tmp_path):

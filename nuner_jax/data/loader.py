@@ -50,7 +50,9 @@ class PackedLoader:
         row_multiple: int = 1,
         seed: int,
         pad_id: int,
+        accumulate: int = 1,
         weights: dict[str, float] | None = None,
+        load_W: np.ndarray | None = None,
         shuffle: bool = True,
     ):
         """Plans the packing and measures the static shapes.
@@ -64,13 +66,15 @@ class PackedLoader:
             batch axes divide it.
           seed: of the shuffles.
           pad_id: token id of empty positions.
+          accumulate: batches of an update, to which its rows are dealt by turns: the same rows, however many they are.
           weights: source name -> visits per epoch (default 1 each); a fraction is a seeded part of the source.
+          load_W: what batches are to have alike, of each sequence; None: its `concept_tokens`.
           shuffle: False gives one epoch and then empty rows, for evaluation.
 
         Raises:
           NunerError: a negative weight, a corpus that is empty at these weights, a sequence longer than a row.
         """
-        self.corpus, self.pad_id = corpus, pad_id
+        self.corpus, self.pad_id, self._accumulate = corpus, pad_id, accumulate
         self.frozen_TxD: np.ndarray | None = None  # of each token of the corpus, to be gathered with it
         self._visits_M = visits(corpus, weights or {}, seed)
         if not self._visits_M.size:
@@ -80,8 +84,8 @@ class PackedLoader:
             row_length=row_length,
             seed=seed,
             shuffle=shuffle,
-            strata=rows,
-            load_S=None if concept_row_length is None else concept_tokens(corpus)[self._visits_M],
+            strata=rows * accumulate,
+            load_S=(concept_tokens(corpus) if load_W is None else load_W)[self._visits_M],
         )
         self.shapes = self._measure(rows, row_length, concept_row_length, row_multiple)
 
@@ -122,12 +126,17 @@ class PackedLoader:
           dropped_pairs [R], dropped_concepts [Q] int32, what the static shapes had no room for. Of text rows alone
           there are those of the text. With `frozen_TxD`, frozen [R, L, D] besides, 0 in padding.
         """
-        number_R = index * self.shapes.rows + np.arange(self.shapes.rows)
+        number_R = self._numbers(index, self.shapes.rows)
         text = self._text_rows(self._placed(number_R if text_rows is None else number_R[text_rows]))
         if not self.shapes.concept_rows:
             return text
         concepts = _distinct_concepts(self.corpus, self._placed(number_R).sequence_N)
         return text | self._concept_rows(concepts, concept_rows)
+
+    def _numbers(self, index: int, rows: int) -> np.ndarray:
+        """The rows of the stream that a batch has: int64 [R]."""
+        update, part = divmod(index, self._accumulate)
+        return (update * rows + np.arange(rows)) * self._accumulate + part
 
     def _placed(self, number_R: np.ndarray) -> Placed:
         """The sequences of the corpus in these rows of the stream."""
@@ -201,7 +210,7 @@ class PackedLoader:
     def _measure(self, rows: int, row_length: int, concept_row_length: int | None, row_multiple: int) -> Shapes:
         """Static shapes from the first batches: the largest of each, and a little headroom."""
         number = min(_MEASURED_BATCHES, math.ceil(self.rows_per_epoch / rows))
-        batches = [self._placed(index * rows + np.arange(rows)) for index in range(number)]
+        batches = [self._placed(self._numbers(index, rows)) for index in range(number)]
         pairs = 1
         for placed in batches:
             pairs = max(pairs, np.bincount(placed.row_N, _pair_ranges(self.corpus, placed.sequence_N)[1]).max())

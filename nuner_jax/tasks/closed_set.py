@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from nuner_jax import costs, pretrained, sharding, text_encoder
 from nuner_jax.data import classes as classes_lib
 from nuner_jax.data.corpus import Corpus
-from nuner_jax.data.loader import PackedLoader, visits
+from nuner_jax.data.loader import PackedLoader, concept_tokens, visits
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.tagger import Tagger
 from nuner_jax.tasks import batches, text_tower
@@ -68,11 +68,19 @@ class ClosedSet(Task):
         more = config.classes.others == "class"
         self._count_C = classes_lib.label_counts(self.corpus, self._visits_W, 1 + len(self.classes.names) + more)
         self._graphdef, self._abstract = params_lib.split(nnx.eval_shape(lambda: self._tagger(nnx.Rngs(0))))
+        # With the load of all concepts, not of the classes alone, these are the batches of contrastive pre-training.
         self.loader = self._loader(
-            self.corpus, rows=data.rows // config.optim.accumulate, seed=config.seed, weights=weights
+            self.corpus,
+            rows=data.rows // config.optim.accumulate,
+            accumulate=config.optim.accumulate,
+            seed=config.seed,
+            weights=weights,
+            load_W=concept_tokens(train),
         )
         # The same batches for every seed of a run, so that their figures compare.
-        self.validation_loader = self._loader(self.validation, rows=config.eval.rows, seed=0, shuffle=False)
+        self.validation_loader = self._loader(
+            self.validation, rows=config.eval.rows, seed=0, shuffle=False, load_W=concept_tokens(validation)
+        )
         self.batch_rows = _row_counts(self.loader)
         self.steps_per_epoch = self.loader.rows_per_epoch / data.rows
 

@@ -66,6 +66,7 @@ class Pretrain(Task):
         self.loader = make_loader(
             self.corpus,
             rows=data.rows // config.optim.accumulate,
+            accumulate=config.optim.accumulate,
             seed=config.seed,
             weights={name: source.weight for name, source in data.sources.items()},
         )
