@@ -3,8 +3,8 @@
     python -m nuner_jax.train --config=configs/minilm_open.py:FOLDER_OF_MINILM
 
 `--config.data.sources.hotpot.path=FILE` and its like say where the data is (`python -m nuner_jax.data.build` reads the
-same files). Cost: 843 steps of about 50 sentences. They took 26 minutes on two cores shared with other work; left
-alone, a step took 1.0 to 1.1 s, which makes 15 minutes and the evaluations.
+same files). Cost: 843 steps of about 50 sentences. They took 13.5 minutes on two cores shared with other work, with all
+evaluations; left alone, a step takes 0.7 s.
 
 Measured (seed 0, all-MiniLM-L6-v2, validation split of 568 texts and 1,599 concepts):
 
