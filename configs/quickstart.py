@@ -2,7 +2,7 @@
 
     launch/local.sh train --config=configs/quickstart.py
 
-Cost: 617 steps, a minute and a half on two CPU cores. Expect, on the validation split's 535 concepts: mean reciprocal rank
+Cost: 617 steps, 1.5 minutes on two CPU cores. Expect, on the validation split's 535 concepts: mean reciprocal rank
 0.16 (chance 0.013), top-1 10% (chance 0.2%); with 8 epochs, 0.18 and 12%. The validation loss turns up after 300
 steps while the ranking still improves: three of four concepts were annotated once, and of those the towers grow too
 sure. The data comes from the recorded completions of a language model, through all stages of annotation.
