@@ -3,7 +3,6 @@
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import types
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nuner_jax import cluster
 from nuner_jax.errors import NunerError
+from tests.free_port import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -35,12 +35,6 @@ def main(argv):
 cluster.define_flags()
 run_command(main)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(command, flags, *, devices=2, root=ROOT, env=None) -> subprocess.Popen:

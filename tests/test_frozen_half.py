@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -26,6 +25,7 @@ from nuner_jax.sharding import tree_paths
 from nuner_jax.state import combine, partition
 from nuner_jax.tasks import frozen_half, make_task
 from nuner_jax.writers import Console
+from tests.free_port import free_port
 from tests.full_disk import file_size_limit
 
 
@@ -329,9 +329,7 @@ def test_other_tasks_do_not_have_the_key():
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_several_processes_are_refused(config, rows_file, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "nuner_jax.train", f"--config=tests/configs/tiny.py:{rows_file}"]
     command += [f"--workdir={tmp_path}/run", f"--config.data.cache_dir={config.data.cache_dir}"]
     command += ["--config.model.keep_frozen", "--config.data.rows=16", "--config.eval.rows=16"]

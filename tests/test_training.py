@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from nuner_jax import checkpoint
 from nuner_jax.sharding import tree_paths
 from nuner_jax.writers import read_metrics
+from tests.free_port import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STOPPED = 75  # the exit status of a run that was asked to stop, which the launch scripts start again
@@ -176,9 +176,7 @@ def test_the_loss_curve_does_not_depend_on_the_mesh(launch, undisturbed, tmp_pat
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_as_one_and_stop_together(launch, undisturbed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     workdir = tmp_path / "both"
 
     def start(*flags):
