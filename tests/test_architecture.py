@@ -159,6 +159,7 @@ LAYERS = {
         "models.attention",
         "models.encoder",
         "models.encoder_config",
+        "models.gradients",
         "models.hf_weights",
         "models.params",
         "models.tagger",

@@ -10,7 +10,6 @@ of the MLP.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from nuner_jax.errors import NunerError
-from nuner_jax.models import attention
+from nuner_jax.models import attention, gradients
 from nuner_jax.models.encoder_config import EncoderConfig
 
 __all__ = ["Encoder", "EncoderConfig", "positions_from_segments"]
@@ -110,7 +109,7 @@ class MLP(nnx.Module):
         self.down = _dense(config.intermediate_size, config.hidden_size, dtype, rngs)
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x_BxLxD)))
+        return self.down(gradients.gelu(self.up(x_BxLxD)))
 
 
 class Layer(nnx.Module):
@@ -250,26 +249,6 @@ class Encoder(nnx.Module):
         return x_BxLxD if self.activations is None else jax.lax.with_sharding_constraint(x_BxLxD, self.activations)
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution's share below x (Hendrycks and Gimpel 2016), float32 inside.
-
-    Its slope is found beside it and kept for the backward pass, in place of x: as large, and nothing is computed twice.
-    `jax.nn.gelu` keeps digits of values near zero that a sum with others loses again, and takes twice as long on CPUs.
-    """
-    return _gelu_and_slope(x)[0]
-
-
-def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    wide = x.astype(jnp.float32)
-    below = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
-    density = (2 * math.pi) ** -0.5 * jnp.exp(-0.5 * wide * wide)
-    return (wide * below).astype(x.dtype), (below + wide * density).astype(x.dtype)
-
-
-gelu.defvjp(_gelu_and_slope, lambda slope, gradient: (gradient * slope,))
-
-
 def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
     init = nnx.initializers.truncated_normal(INITIALIZER_STDDEV)
     return nnx.Embed(rows, config.hidden_size, dtype=jnp.float32, embedding_init=init, rngs=rngs)
@@ -278,7 +257,15 @@ def _embedding(rows: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
 def _dense(inputs: int | tuple, outputs: int | tuple, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LinearGeneral:
     axis = tuple(range(-len(inputs), 0)) if isinstance(inputs, tuple) else -1
     init = nnx.initializers.truncated_normal(INITIALIZER_STDDEV)
-    return nnx.LinearGeneral(inputs, outputs, axis=axis, dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.LinearGeneral(
+        inputs, outputs, axis=axis, dtype=dtype, kernel_init=init, rngs=rngs, dot_general=_dot_general
+    )
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: tuple, **_) -> jax.Array:
+    """What a dense layer asks `jax.lax.dot_general` for: its last axes of x are the first ones of the kernel."""
+    (contracted, _), _ = dimension_numbers
+    return gradients.product(x, kernel, len(contracted))
 
 
 def _layer_norm(config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -301,4 +288,4 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    return jnp.where(keep, gradients.settled(x) / (1 - rate), 0)
