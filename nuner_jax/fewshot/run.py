@@ -46,6 +46,7 @@ def fewshot(config: ConfigDict, workdir: Path, console: Console, *, dry_run: boo
             baseline.show(plan, console)
             return Results(read_rows(plan.rows_file), plan.grid)
         baseline.check(plan, console)
+        starts.write()  # before the first row, which a kill right after it must not leave without its start
         frozen.measure(plan, console, starts)
         go_on = baseline.measure(plan, console, starts)
         starts.write()

@@ -1,7 +1,7 @@
 """The starts of a run: by which command and how long each worked, whether it ended or was killed.
 
-WORKDIR/starts.json is written again whenever something is finished, so a start that is killed loses no more than the
-seconds since then.
+WORKDIR/starts.json is written before anything is computed, and again whenever something is finished, so a start that
+is killed loses no more than the seconds since then.
 """
 
 from __future__ import annotations
