@@ -88,6 +88,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def head_sharding(mesh: Mesh) -> NamedSharding:
+    """Attention heads [rows, tokens, heads, ...]: rows over `BATCH_AXES`, heads over `tensor`, as parameters are."""
+    return NamedSharding(mesh, P(BATCH_AXES, None, "tensor"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())

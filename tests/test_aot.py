@@ -188,6 +188,19 @@ def test_a_tpu_that_is_not_here(config):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra `tpu` is not installed")
+@pytest.mark.parametrize("mesh", [{"data": 16}, {"data": 4, "fsdp": 2, "tensor": 2}])
+def test_a_tpu_s_own_attention_sends_nothing_more(config, mesh):
+    config.data.rows = config.eval.rows = config.data.row_multiple = 16
+    config.mesh.update(mesh)
+    sent = []
+    for config.model.attention in ("xla", "splash"):
+        (figures,), _ = compile_quietly(config, "v5e:4x4")
+        sent.append(carried(figures))
+    assert sent[0] == sent[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra `tpu` is not installed")
 def test_what_a_tpu_computes_again_it_need_not_hold(config):
     config.data.update(rows=64, row_length=512)  # of more attention weights than a chip holds beside its memory
     config.eval.rows = 64

@@ -304,7 +304,7 @@ def test_dropout_masks_differ_between_the_places_where_it_acts():
 
 
 def test_an_attention_that_cannot_be_had_is_refused():
-    with pytest.raises(NunerError, match="'flash' is unknown; choose one of plain, xla, cudnn"):
+    with pytest.raises(NunerError, match="'flash' is unknown; choose one of plain, xla, cudnn, splash"):
         build(attention_implementation="flash")
     with pytest.raises(NunerError, match="'cudnn' computes in bfloat16, not in float32"):
         build(attention_implementation="cudnn")

@@ -10,7 +10,7 @@ from nuner_jax.errors import NunerError
 CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "plain", "xla", "cudnn"),
+    "model.attention": ("auto", "plain", "xla", "cudnn", "splash"),
     "model.remat": ("none", "attention", "layers"),
     "head.kind": ("linear", "mlp"),
     "head.scheme": ("io", "bio", "bilou"),
@@ -147,8 +147,8 @@ def _model(encoder: ConfigDict) -> ConfigDict:
             "frozen_layers": 0,  # bottom layers left as they are, with the embeddings; 0: none, -1: all of them
             "dropout": 0.1,  # on embeddings and block outputs; a wholly frozen encoder has none
             "dtype": "bfloat16",  # of the encoder's computation; parameters and the head are float32
-            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
-            # xla elsewhere (models/attention.py)
+            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16), "splash" (TPUs); "auto":
+            # plain on CPUs, xla elsewhere (models/attention.py)
             "remat": "none",  # what the backward pass computes again so that memory need not hold it (TPUs, GPUs): the
             # weights of "attention" (few operations, and most memory of long rows), or "layers", all but their inputs
         }

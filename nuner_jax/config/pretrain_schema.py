@@ -16,7 +16,7 @@ SAMPLE_TOKENIZER = str(Path(__file__).parents[1] / "data" / "sample" / "tokenize
 CHOICES = {
     "model.init": ("pretrained", "scratch"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "plain", "xla", "cudnn"),
+    "model.attention": ("auto", "plain", "xla", "cudnn", "splash"),
     "model.remat": ("none", "attention", "layers"),
     "loss.normaliser": ("positives", "pairs"),
     "checkpoint.best": ("retrieval/mrr", "validation/loss"),
@@ -156,8 +156,8 @@ def _model() -> ConfigDict:
             "dropout": 0.1,  # on embeddings and block outputs, the encoders' own rate
             "concept_pooling": "mean",  # of a name's token vectors; or "first"
             "dtype": "bfloat16",  # of the computation; parameters are float32
-            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16); "auto": plain on CPUs,
-            # xla elsewhere (models/attention.py)
+            "attention": "auto",  # implementation: "plain", "xla", "cudnn" (NVIDIA, bfloat16), "splash" (TPUs); "auto":
+            # plain on CPUs, xla elsewhere (models/attention.py)
             "remat": "none",  # what the backward pass computes again so that memory need not hold it (TPUs, GPUs): the
             # weights of "attention" (few operations, and most memory of long rows), or "layers", all but their inputs
         }

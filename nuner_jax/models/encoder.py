@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from nuner_jax import sharding
 from nuner_jax.errors import NunerError
 from nuner_jax.models import attention, gradients
 from nuner_jax.models.encoder_config import EncoderConfig
@@ -86,18 +87,28 @@ class Attention(nnx.Module):
     the fused kernels have none, and the choice of a kernel must not change what is trained.
     """
 
-    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        dtype: jnp.dtype,
+        implementation: str,
+        remat: str,
+        rngs: nnx.Rngs,
+        placed: jax.sharding.NamedSharding | None,
+    ):
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         self.implementation = implementation
+        self.placed = placed
         self.remat = remat == "attention"
         self.qkv = _dense(config.hidden_size, (3, *heads), dtype, rngs)
         self.out = _dense(heads, config.hidden_size, dtype, rngs)
 
-    def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, segments_BxL: jax.Array) -> jax.Array:
         qkv_BxLx3xHxK = self.qkv(x_BxLxD)
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
-        attend = jax.checkpoint(attention.attend, static_argnums=4) if self.remat else attention.attend
-        heads_BxLxHxK = attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask_Bx1xLxL, self.implementation)
+        attend = jax.checkpoint(attention.attend, static_argnums=(4, 5)) if self.remat else attention.attend
+        heads_BxLxHxK = attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segments_BxL, self.implementation, self.placed)
         return self.out(heads_BxLxHxK)
 
 
@@ -113,23 +124,23 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One post-norm layer: attention, then MLP, each added to its input and normalised."""
+    """One post-norm layer: attention, then MLP, each added to its input and normalised; options as `Attention` has."""
 
-    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, implementation: str, remat: str, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs, **options):
         self.dropout = config.dropout
         self.remat = remat == "layers"
-        self.attention = Attention(config, dtype=dtype, implementation=implementation, remat=remat, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, remat=remat, rngs=rngs, **options)
         self.attention_norm = _layer_norm(config, dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = _layer_norm(config, dtype, rngs)
 
-    def __call__(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, segments_BxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         # A function made for this call: what JAX traces of one, parameters included, it may use again.
         forward = jax.checkpoint(lambda *inputs: self._forward(*inputs)) if self.remat else self._forward
-        return forward(x_BxLxD, mask_Bx1xLxL, dropout_key)
+        return forward(x_BxLxD, segments_BxL, dropout_key)
 
-    def _forward(self, x_BxLxD: jax.Array, mask_Bx1xLxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        attended_BxLxD = self.attention(x_BxLxD, mask_Bx1xLxL)
+    def _forward(self, x_BxLxD: jax.Array, segments_BxL: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        attended_BxLxD = self.attention(x_BxLxD, segments_BxL)
         attended_BxLxD = dropped(attended_BxLxD, self.dropout, _fold_in(dropout_key, 0))
         x_BxLxD = self.attention_norm(x_BxLxD + attended_BxLxD)
         mapped_BxLxD = dropped(self.mlp(x_BxLxD), self.dropout, _fold_in(dropout_key, 1))
@@ -144,13 +155,13 @@ class Encoder(nnx.Module):
     whatever it is. f32 on a TPU or GPU is as exact as `jax_default_matmul_precision` allows.
 
     `attention_implementation` is one of `attention.IMPLEMENTATIONS`. Raises NunerError for any other name, and for
-    "cudnn" with f32.
+    "cudnn" with f32. Over a mesh, "splash" takes `activations` for rows split as `sharding.row_sharding` splits them.
 
     `remat` is one of `REMAT`, what the backward pass computes again so that it need not be kept: nothing; the L x L
     weights of each head ("attention": the most memory of long rows for the least arithmetic, and nothing is gained
-    with "cudnn", which keeps none anyway); or all of a layer but its input ("layers"). Frozen layers keep nothing in
-    any case. Values and gradients stay what they are. XLA's compiler for CPUs finds that the same is computed twice,
-    and keeps it after all: there it saves nothing. Raises NunerError for any other name.
+    with "cudnn" or "splash", which keep none anyway); or all of a layer but its input ("layers"). Frozen layers keep
+    nothing in any case. Values and gradients stay what they are. XLA's compiler for CPUs finds that the same is
+    computed twice, and keeps it after all: there it saves nothing. Raises NunerError for any other name.
 
     `activations` places the vectors between the layers (it must divide B); None leaves the choice to XLA, which
     may follow split parameters and split the vectors by width, and then adds whole activations over devices.
@@ -172,9 +183,10 @@ class Encoder(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.activations = activations
+        heads = None if activations is None else sharding.head_sharding(activations.mesh)
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs, activations=activations)
         self.layers = nnx.List(
-            Layer(config, dtype=dtype, implementation=attention_implementation, remat=remat, rngs=rngs)
+            Layer(config, dtype=dtype, implementation=attention_implementation, placed=heads, remat=remat, rngs=rngs)
             for _ in range(config.num_layers)
         )
 
@@ -218,7 +230,6 @@ class Encoder(nnx.Module):
         self.check_layers(layers)
         if positions_BxL is None:
             positions_BxL = positions_from_segments(segments_BxL)
-        mask_Bx1xLxL = segments_BxL[:, None, :, None] == segments_BxL[:, None, None, :]
 
         if below_BxLxD is None:
             given = 0
@@ -229,7 +240,7 @@ class Encoder(nnx.Module):
             x_BxLxD = self.place(below_BxLxD.astype(self.dtype))
         hidden = [None] * given + [x_BxLxD]
         for number, layer in enumerate(self.layers[given:], start=given + 1):
-            x_BxLxD = self.place(layer(x_BxLxD, mask_Bx1xLxL, _fold_in(dropout_key, number)))
+            x_BxLxD = self.place(layer(x_BxLxD, segments_BxL, _fold_in(dropout_key, number)))
             if number == stop_gradient_layers:
                 x_BxLxD = jax.lax.stop_gradient(x_BxLxD)
             hidden.append(x_BxLxD)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from nuner_jax import pretrained, sharding
 from nuner_jax.errors import NunerError
-from nuner_jax.models.attention import fastest
+from nuner_jax.models.attention import NEEDS, fastest
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.text_encoder import TextEncoder
 
@@ -22,8 +22,10 @@ def check_platform(config: ConfigDict, mesh: Mesh, more_rows: Mapping[str, int] 
 
     `more_rows` are those that a task has besides, by their key.
     """
-    if config.model.attention == "cudnn" and (platform := _platform(mesh)) != "gpu":
-        raise NunerError(f"config.model.attention = 'cudnn' needs an NVIDIA GPU, and this is {platform}: take 'auto'")
+    asked, platform = config.model.attention, _platform(mesh)
+    needed, name = NEEDS.get(asked, (platform, ""))
+    if needed != platform:
+        raise NunerError(f"config.model.attention = {asked!r} needs {name}, and this is {platform}: take 'auto'")
     if config.data.rows % config.optim.accumulate:
         raise NunerError(
             f"config.data.rows = {config.data.rows} is not a multiple of "
