@@ -100,14 +100,16 @@ def test_a_batch_as_stated_is_the_one_that_training_has(config_file, rows_file):
     assert sizing.Sized(config, mesh, stated).costs() == task.costs()
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "layers"])
+@pytest.mark.parametrize("remat", ["attention", "layers"])
 def test_the_config_says_what_both_towers_compute_again(config, remat):
-    config.model.remat = remat
     mesh = sharding.make_mesh(8)
-    task = sizing.Sized(config, mesh, {})
-    made = program.make_program(config, task, mesh)
-    lowered = made.train_step.lower(made.abstract, task.abstract_batch()).as_text()
-    assert lowered.count("stablehlo.optimization_barrier") == (0 if remat == "none" else 2)  # one layer each
+    barriers = []
+    for config.model.remat in ("none", remat):
+        task = sizing.Sized(config, mesh, {})
+        made = program.make_program(config, task, mesh)
+        lowered = made.train_step.lower(made.abstract, task.abstract_batch()).as_text()
+        barriers.append(lowered.count("stablehlo.optimization_barrier"))
+    assert barriers[1] - barriers[0] == 2  # one layer each
 
 
 @pytest.mark.slow
