@@ -17,15 +17,17 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from nuner_jax import checkpoint, cluster, command, costs, evaluate, export, initialise, sharding
+from nuner_jax import checkpoint, command, evaluate, export, initialise, sharding
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.data.prefetch import Prefetch
-from nuner_jax.device_rates import reference_matrix_rate
+from nuner_jax.distributed import cluster
+from nuner_jax.distributed.preemption import StopRequest
 from nuner_jax.errors import run_command
 from nuner_jax.fewshot import transfer
 from nuner_jax.folders import writing
-from nuner_jax.preemption import StopRequest
+from nuner_jax.performance import costs
+from nuner_jax.performance.device_rates import reference_matrix_rate
 from nuner_jax.program import make_program
 from nuner_jax.progress import Progress
 from nuner_jax.state import TrainState

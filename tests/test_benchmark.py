@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from nuner_jax import config as config_lib
-from nuner_jax import costs, device_rates, sharding, train
+from nuner_jax import sharding, train
 from nuner_jax.benchmark.measure import compilations
-from nuner_jax.device_rates import Rate
+from nuner_jax.performance import costs, device_rates
+from nuner_jax.performance.device_rates import Rate
 from nuner_jax.tasks import make_task
 from nuner_jax.writers import Console, read_metrics
 

@@ -10,7 +10,7 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from nuner_jax import cluster
+from nuner_jax.distributed import cluster
 from nuner_jax.errors import NunerError
 from tests.free_port import free_port
 
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # whether it fails before it compares them.
 PROGRAM = """
 from ml_collections import ConfigDict
-from nuner_jax import cluster
+from nuner_jax.distributed import cluster
 from nuner_jax.errors import NunerError, run_command
 
 def main(argv):

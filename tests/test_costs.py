@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nuner_jax import costs, losses, sharding
+from nuner_jax import losses, sharding
 from nuner_jax.models.encoder import Encoder, EncoderConfig
 from nuner_jax.models.params import merge, split
+from nuner_jax.performance import costs
 
 ROBERTA_BASE = EncoderConfig(
     model_type="roberta",

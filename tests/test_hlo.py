@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nuner_jax import hlo, sharding
+from nuner_jax import sharding
+from nuner_jax.performance import hlo
 
 
 def found_in(function, *arrays, mesh, in_specs, out_specs) -> list[hlo.Collective]:

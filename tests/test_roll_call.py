@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from nuner_jax.distributed.roll_call import Member, meet
 from nuner_jax.errors import NunerError
-from nuner_jax.roll_call import Member, meet
 
 
 @pytest.fixture

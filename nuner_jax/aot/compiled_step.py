@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import costs, hlo
 from nuner_jax.aot import sizing
 from nuner_jax.models.params import flatten
+from nuner_jax.performance import costs, hlo
 from nuner_jax.program import Program, make_program
 from nuner_jax.tasks.protocol import Task
 
@@ -32,7 +32,7 @@ def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> 
 
     Returns:
       JSON: `devices`, `mesh`, `batch` (its shapes); `memory` (bytes on one device; where the compiler refused for lack
-      of it, what it said is `refused`); `operations` (`model`, of the whole step as `nuner_jax.costs` counts them, in
+      of it, what it said is `refused`); `operations` (`model`, of the whole step as `performance.costs` counts them, in
       all and by part; `compiled`, of one device as XLA counts them, a loop's body once); `bytes_accessed` of one
       device, counted likewise; `collectives`, one entry for each kind and what it carries.
     """

@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from nuner_jax import cluster, command, train
+from nuner_jax import command, train
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.benchmark import measure, table
 from nuner_jax.config import parse_flags
+from nuner_jax.distributed import cluster
 from nuner_jax.errors import NunerError, run_command
 from nuner_jax.folders import local_path, writing
 from nuner_jax.writers import Console

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nuner_jax import costs, device_rates, hlo, train
+from nuner_jax import train
 from nuner_jax.data.prefetch import Prefetch
+from nuner_jax.performance import costs, device_rates, hlo
 from nuner_jax.state import TrainState, combine, partition
 
 _BATCHES = 8  # different ones that are kept on the device

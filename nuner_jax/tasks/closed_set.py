@@ -21,12 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import costs, pretrained, sharding, text_encoder
+from nuner_jax import pretrained, sharding, text_encoder
 from nuner_jax.data import classes as classes_lib
 from nuner_jax.data.corpus import Corpus
 from nuner_jax.data.loader import PackedLoader, concept_tokens, visits
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.tagger import Tagger
+from nuner_jax.performance import costs
 from nuner_jax.tasks import batches, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task

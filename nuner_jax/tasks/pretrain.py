@@ -14,12 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import costs, losses, pretrained, sharding
+from nuner_jax import losses, pretrained, sharding
 from nuner_jax.data.loader import PackedLoader
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.encoder import EncoderConfig
 from nuner_jax.models.towers import TwoTower
+from nuner_jax.performance import costs
 from nuner_jax.tasks import batches, frozen_half, retrieval, text_tower
 from nuner_jax.tasks.corpora import open_corpora
 from nuner_jax.tasks.protocol import Evaluator, Task

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from nuner_jax.costs import Part
+from nuner_jax.performance.costs import Part
 
 Evaluator = Callable[[dict], Iterable[tuple[str, float]]]
 """Takes the parameters (global arrays), yields (metric name, value)."""

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nuner_jax import costs, pretrained, sharding, text_encoder
+from nuner_jax import pretrained, sharding, text_encoder
 from nuner_jax.data.ner import datasets
 from nuner_jax.data.ner.set_spec import resolve
 from nuner_jax.data.records import Record
@@ -28,6 +28,7 @@ from nuner_jax.decoding import Scheme
 from nuner_jax.errors import NunerError
 from nuner_jax.models import params as params_lib
 from nuner_jax.models.tagger import Tagger
+from nuner_jax.performance import costs
 from nuner_jax.tasks import batches, text_tower
 from nuner_jax.tasks.protocol import Evaluator, Task
 from nuner_jax.tasks.tagged_split import TaggedSplit, silent_logits

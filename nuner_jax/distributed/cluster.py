@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import nuner_jax
-from nuner_jax import roll_call
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.config.values import leaves
+from nuner_jax.distributed import roll_call
 from nuner_jax.errors import NunerError
 
 flags.disclaim_key_flags()  # --help tells of them as flags of the command

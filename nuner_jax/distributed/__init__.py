@@ -1,0 +1,1 @@
+"""Several processes of one run: joined and compared at its start, stopped together."""
