@@ -70,8 +70,9 @@ def test_the_partitioner_s_groups_of_a_mesh_of_two_axes():
     assert (one.kind, one.group, one.arrays) == ("all-gather", 2, (("f32", (32, 16)),))
 
 
-# As the compiler for TPU v5e writes them: tiled layouts; a gather that two computations carry on; a loop whose rounds
-# only its condition tells; a permutation with operand, result and a number of its own.
+# As the compiler for TPU v5e writes them: tiled layouts; a gather that two computations carry on, and a loop besides; a
+# loop whose rounds only its condition tells; one of half as many rounds, as each does the work of two; a permutation
+# with operand, result and a number of its own.
 ALL = 'replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, async_collective_fusion_config, op_name="all_gather"'
 TPU = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -94,10 +95,28 @@ TPU = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %all-reduce.48 = (f32[128]{0:T(128)S(1)}, f32[]{:T(128)}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%add
 }
 
+%condition.2 (wide.param.163: (f32[16], u32[])) -> pred[] {
+  %constant.430 = u32[]{:T(128)} constant(8)
+  %wide.param.163 = (f32[16]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+  %get-tuple-element.416 = u32[]{:T(128)} get-tuple-element(%wide.param.163), index=1
+  ROOT %lt.341 = pred[]{:T(512)} compare(%get-tuple-element.416, %constant.430), direction=LT
+}
+
+%body.2 (wide.param.164: (f32[16], u32[])) -> (f32[16], u32[]) {
+  %constant.431 = u32[]{:T(128)} constant(2)
+  %wide.param.164 = (f32[16]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+  %get-tuple-element.417 = u32[]{:T(128)} get-tuple-element(%wide.param.164), index=1
+  %fusion.3 = bf16[8,48,128]{2,1,0:T(8,128)(2,1)} fusion(%param.16), kind=kCustom, calls=%async_collective_fusion.2
+  %reduce-scatter.5 = f32[16]{0:T(128)} reduce-scatter(%c), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+  %add.7 = u32[]{:T(128)} add(%get-tuple-element.417, %constant.431)
+  ROOT %tuple.8 = (f32[16]{0:T(128)}, u32[]{:T(128)}) tuple(%reduce-scatter.5, /*index=1*/%add.7)
+}
+
 ENTRY %main.1 (param.16: bf16[1,48,128]) -> f32[] {
   %fusion.1 = bf16[8,48,128]{2,1,0:T(8,128)(2,1)} fusion(%param.16), kind=kCustom, calls=%async_collective_fusion.1
   %fusion.2 = bf16[8,48,128]{2,1,0:T(8,128)(2,1)} fusion(%param.16), kind=kCustom, calls=%async_collective_fusion.2
   %while.12 = (s32[]{:T(128)}, f32[16]{0}) while(%tuple.1), condition=%condition.1, body=%body.1
+  %while.13 = (f32[16]{0:T(128)}, u32[]{:T(128)}) while(%tuple.2), condition=%condition.2, body=%body.2
   %permute.1 = (s32[1]{0}, s32[1]{0}, u32[]{:S(2)}) collective-permute-start(%b), source_target_pairs={{3,1},{5,2}}
   %collective-permute-done.1 = s32[1]{0:T(128)} collective-permute-done(%permute.1)
 }
@@ -105,7 +124,8 @@ ENTRY %main.1 (param.16: bf16[1,48,128]) -> f32[] {
 
 
 def test_the_text_of_a_tpu_s_compiler():
-    gather, reduce, permute = sorted(hlo.collectives(TPU.replace("ALL", ALL)), key=lambda one: one.kind)
+    gather, reduce, permute, scatter = sorted(hlo.collectives(TPU.replace("ALL", ALL)), key=lambda one: one.kind)
     assert (gather.kind, gather.group, gather.times, gather.sizes) == ("all-gather", 8, 1, (8 * 48 * 128 * 2,))
     assert (reduce.kind, reduce.group, reduce.times, reduce.sizes) == ("all-reduce", 4, 9, (512, 4))
     assert (permute.kind, permute.times, permute.sizes) == ("collective-permute", 1, (4,))
+    assert (scatter.kind, scatter.times, scatter.sizes) == ("reduce-scatter", 4, (8 * 16 * 4,))

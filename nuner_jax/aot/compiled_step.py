@@ -124,9 +124,10 @@ class _Row:
 def summary(collectives: Iterable[hlo.Collective], params: dict) -> list[dict]:
     """The collectives of a step, by kind and by what they carry.
 
-    What they carry is "parameters" or "gradients" where an array has the size of a parameter (or of a device's part of
-    one), "scalars", "concepts" where the code of the loss asks for it, and else the operation that XLA had to do it
-    for. One that carries several arrays counts in the row of each of them, as its share of their bytes.
+    What they carry is "parameters" (gathered, or sent in the forward pass) or "gradients" where an array has the size
+    of a parameter (or of a device's part of one), "scalars", "concepts" where the code of the loss asks for it, and
+    else the operation that XLA had to do it for. One that carries several arrays counts in the row of each of them, as
+    its share of their bytes.
 
     Args:
       collectives: see `hlo.collectives`.
@@ -157,7 +158,8 @@ def _carried(one: hlo.Collective, elements: int, parameter_sizes: set[int], conc
     if elements <= 1:
         return "scalars"
     if elements in parameter_sizes:
-        return "parameters" if one.kind == "all-gather" else "gradients"
+        forward = "jvp(" in one.origin and "transpose(" not in one.origin
+        return "parameters" if forward or one.kind == "all-gather" else "gradients"
     if "shard_map" in one.origin or (not one.origin and elements in concept_sizes):
         return "concepts"
     return one.origin.rpartition("/")[2] or "unnamed"

@@ -25,7 +25,10 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation|ca
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_BOUND = re.compile(r" s(?:32|64)\[\]\S* constant\((\d+)\)")
+_NUMBER = re.compile(r" [su](?:32|64)\[\]\S* constant\((\d+)\)")
+_PLACE = re.compile(r" get-tuple-element\(.*?\), index=(\d+)")
+_NAMED = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = ")
+_SUM = re.compile(r" add\(%?[\w.-]+, %?([\w.-]+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of a program, those among a single device left out.
 
     A collective that the compiler spread over several places (started here, waited for there) counts once. Where a
-    loop's number of rounds is not in the text (no program of ours has such a loop), its body counts once.
+    loop's number of rounds is not in the text, its body counts once.
     """
     computations, entry = _computations(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
@@ -76,7 +79,7 @@ def collectives(text: str) -> list[Collective]:
             if "async_collective_fusion_config" in line:  # a TPU's: spread over the computations that it runs beside
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (channel and channel[1], one.kind, one.arrays, one.origin)
-            if one.group > 1 and (key not in found or found[key].times < one.times):
+            if one.group > 1 and (key not in found or one.times < found[key].times):
                 found[key] = one
     return list(found.values())
 
@@ -114,7 +117,7 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
     """(computation, how often) that an instruction runs."""
     if match := _WHILE.search(line):
         condition, body = match.groups()
-        yield body, _rounds(line, computations.get(condition, ()))
+        yield body, _rounds(line, computations.get(condition, ()), computations.get(body, ()))
         return
     for called in _CALLED.findall(line):
         yield called, 1
@@ -123,12 +126,25 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
             yield called.strip().lstrip("%"), 1
 
 
-def _rounds(line: str, condition: Sequence[str]) -> int:
-    """Rounds of a loop: as the compiler notes them, else the one bound that its condition compares a counter to."""
+def _rounds(line: str, condition: Sequence[str], body: Sequence[str]) -> int:
+    """Rounds of a loop: as the compiler notes them, else up to the one number that its condition compares to."""
     if match := _TRIPS.search(line):
         return int(match[1])
-    bounds = {int(match[1]) for other in condition if (match := _BOUND.search(other))}
-    return bounds.pop() if len(bounds) == 1 else 1
+    bounds = {int(match[1]) for other in condition if (match := _NUMBER.search(other))}
+    return max(1, bounds.pop() // _step(condition, body)) if len(bounds) == 1 else 1
+
+
+def _step(condition: Sequence[str], body: Sequence[str]) -> int:
+    """What a round adds to the counter that the condition reads: more than 1 where the compiler unrolled the loop."""
+    places = {int(match[1]) for line in condition if (match := _PLACE.search(line))}
+    lines = {match[1]: line for line in body if (match := _NAMED.match(line))}
+    results = [re.findall(r"%([\w.-]+)", line.partition(" tuple(")[2]) for line in body if " ROOT " in line]
+    if len(places) != 1 or len(results) != 1:
+        return 1
+    counter = lines.get(dict(enumerate(results[0])).get(places.pop(), ""), "")
+    match = _SUM.search(counter)
+    number = _NUMBER.search(lines.get(match[1], "")) if match else None
+    return int(number[1]) if number else 1
 
 
 def _collective(line: str, match: re.Match, devices: int, times: int) -> Collective:
