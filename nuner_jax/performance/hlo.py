@@ -28,7 +28,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NUMBER = re.compile(r" [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _PLACE = re.compile(r" get-tuple-element\(.*?\), index=(\d+)")
 _NAMED = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = ")
-_SUM = re.compile(r" add\(%?[\w.-]+, %?([\w.-]+)\)")
+_SUM = re.compile(r" add\(%?([\w.-]+), %?([\w.-]+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +142,9 @@ def _step(condition: Sequence[str], body: Sequence[str]) -> int:
     if len(places) != 1 or len(results) != 1:
         return 1
     counter = lines.get(dict(enumerate(results[0])).get(places.pop(), ""), "")
-    match = _SUM.search(counter)
-    number = _NUMBER.search(lines.get(match[1], "")) if match else None
-    return int(number[1]) if number else 1
+    terms = match.groups() if (match := _SUM.search(counter)) else ()
+    numbers = [int(match[1]) for name in terms if (match := _NUMBER.search(lines.get(name, "")))]
+    return max([1, *numbers])
 
 
 def _collective(line: str, match: re.Match, devices: int, times: int) -> Collective:
