@@ -158,7 +158,8 @@ def _carried(one: hlo.Collective, elements: int, parameter_sizes: set[int], conc
     if elements <= 1:
         return "scalars"
     if elements in parameter_sizes:
-        forward = "jvp(" in one.origin and "transpose(" not in one.origin
+        # What is combined has the name of one of its arrays alone.
+        forward = len(one.arrays) == 1 and "jvp(" in one.origin and "transpose(" not in one.origin
         return "parameters" if forward or one.kind == "all-gather" else "gradients"
     if "shard_map" in one.origin or (not one.origin and elements in concept_sizes):
         return "concepts"
