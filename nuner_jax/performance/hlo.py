@@ -61,8 +61,8 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program, those among a single device left out.
 
-    A collective that the compiler spread over several places (started here, waited for there) counts once. Where a
-    loop's number of rounds is not in the text, its body counts once.
+    A collective that the compiler spread over several places (started here, carried on by each round of a loop beside
+    it, waited for there) counts once. Where a loop's number of rounds is not in the text, its body counts once.
     """
     computations, entry = _computations(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
