@@ -3,17 +3,20 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from nuner_jax import config as config_lib
-from nuner_jax import program, sharding
+from nuner_jax import program, sharding, train
 from nuner_jax.aot import compile as aot_compile
 from nuner_jax.aot import sizing, topology
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks import make_task
+from nuner_jax.writers import Console
 
 # A config file; no size is a product of others, so that a number of bytes tells what it is of.
 CONFIG = """
@@ -129,6 +132,40 @@ def test_what_does_not_fit_is_told_with_what_would(config):
     assert advice["data.rows"]["peak"] <= limit
     assert any("does not fit" in line for line in said)
     assert any(line.startswith("  --config.data.rows=2: ") and line.endswith(", fits") for line in said)
+
+
+def test_a_run_that_does_not_fit_ends_before_its_first_step_and_says_what_would(
+    config_file, rows_file, tmp_path, monkeypatch, capsys
+):
+    config = config_lib.load_file(f"{config_file}:{rows_file}")
+    config.data.update(cache_dir=str(tmp_path / "cache"), rows=32, row_length=256)
+    config.model.encoder.max_position_embeddings = 258
+    config.steps = 2
+    run = train.prepare(config, tmp_path / "run", Console(active=False))
+    shapes = sizing.batch_shapes(run.task.train_batch(0, np.arange), run.mesh)
+    compiled = aot_compile.compile_to_run(config, run.mesh, run.train_step, run.state, shapes, print)
+    needed, limit = map(float, re.search(r"a step needs ([\d.]+) of ([\d.]+) GB", capsys.readouterr().out).groups())
+    assert compiled.memory_analysis().temp_size_in_bytes / 1e9 < needed < limit, "of this very machine"
+
+    monkeypatch.setattr(topology, "free_memory", lambda devices, state: 0.6 * needed * 1e9)
+    with pytest.raises(NunerError) as refused:
+        train.loop(run, Console(active=True))
+    said = str(refused.value)
+    assert re.search(rf"a step needs {needed:g} of [\d.]+ GB \(parameters [\d.]+, optimizer .*temporaries [\d.]+", said)
+    assert re.search(r"--config\.data\.rows=(16|8): [\d.]+ GB, fits", said)
+    assert run.checkpoints.latest is None
+    assert not re.search("^(training from|step )", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_is_free_is_this_machine_s_and_what_the_run_holds_already(monkeypatch):
+    total = next(line for line in pathlib.Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    devices = jax.devices()
+    assert 0 < topology.free_memory(devices, ()) * len(devices) < 1024 * int(total.split()[1])
+    monkeypatch.setattr(topology, "_free_host_memory", lambda: 8000)
+    everywhere = jax.device_put(np.ones(100, np.float32), sharding.replicated(sharding.make_mesh(8)))
+    assert topology.free_memory(devices, {"a": everywhere}) == 8000 / 8 + 400
+    monkeypatch.setattr(topology, "_free_host_memory", lambda: None)
+    assert topology.free_memory(devices, {"a": everywhere}) is None
 
 
 @pytest.mark.parametrize(

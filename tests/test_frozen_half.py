@@ -181,6 +181,7 @@ def looped(config, workdir, cut_at):
             raise KeyboardInterrupt
         return run.train_step(state, batch)
 
+    step.lower = run.train_step.lower
     train.loop(dataclasses.replace(run, train_step=step), said)
     return said
 

@@ -6,13 +6,15 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nuner_jax import sharding
 from nuner_jax.aot import compiled_step, sizing, topology
-from nuner_jax.aot.table import advice_line, growth_lines, lines
+from nuner_jax.aot.table import advice_line, growth_lines, lines, memory_line
 from nuner_jax.errors import NunerError
 from nuner_jax.models.encoder import REMAT
+from nuner_jax.state import TrainState
 from nuner_jax.tasks import make_task
 
 
@@ -80,6 +82,33 @@ def figures_of(
     return compiled_step.figures(config, task, mesh, limit or topology.memory(devices[0]))
 
 
+def compile_to_run(
+    config: ConfigDict, mesh: Mesh, train_step: Callable, state: TrainState, batch: Mapping, say: Callable[[str], None]
+) -> jax.stages.Compiled:
+    """Compiles a step that is about to run here, and tells what it needs of a device's memory.
+
+    Args:
+      config: the resolved config.
+      mesh: of the devices.
+      train_step: jitted; its first call makes use of what was compiled.
+      state: the arrays.
+      batch: arrays, or their shapes and places.
+      say: is told what is needed.
+
+    Raises:
+      NunerError: it does not fit; the message says what takes the memory, and which settings would fit.
+    """
+    limit = topology.free_memory(mesh.local_devices, state)
+    compiled, memory = compiled_step.compile_step(train_step, state, batch, limit)
+    needs = memory_line(memory)
+    say(needs)
+    if memory["fits"]:
+        return compiled
+    say("It does not fit: other settings are compiled one by one, to see which would.")
+    advice = [advice_line(one).strip() for one in _advice(config, list(mesh.devices.flat), None, limit)]
+    raise NunerError(f"{needs}. It does not fit. With other settings: {'; '.join(advice) or 'none was found'}")
+
+
 def _advice(config: ConfigDict, devices, stated, limit) -> Iterator[dict]:
     """Of each kind of setting the first that fits, or the last that was tried: the keys, and the memory then needed."""
     for attempts in alternatives(config, devices):
@@ -108,7 +137,7 @@ def alternatives(config: ConfigDict, devices: Sequence[jax.Device]) -> list[list
     kinds = [
         [{"model.remat": again} for again in remat],
         [{"optim.accumulate": accumulate * n} for n in halvings if rows % (accumulate * n * parts) == 0],
-        [{"mesh.data": 1, "mesh.fsdp": -1}] if config.mesh.fsdp == 1 and config.mesh.tensor != -1 else [],
+        [{"mesh.data": 1, "mesh.fsdp": -1}] if parts > 1 and config.mesh.fsdp == 1 and config.mesh.tensor != -1 else [],
         [{"data.rows": rows // n} for n in halvings if rows % (n * accumulate * parts) == 0],
     ]
     if "loss" in config and "chunk" in config.loss and (config.loss.chunk or 2**20) > 1024:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from nuner_jax.aot import sizing
 from nuner_jax.models.params import flatten
 from nuner_jax.performance import costs, hlo
-from nuner_jax.program import Program, make_program
+from nuner_jax.program import make_program
+from nuner_jax.state import TrainState
 from nuner_jax.tasks.protocol import Task
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -51,29 +52,43 @@ def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> 
             "parts": {name: part.both.operations for name, part in parts.items()},
         },
     }
-    held = _held(program, batch)
-    try:
-        compiled = program.train_step.lower(program.abstract, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return found | {"memory": _refused(held, str(error), limit), "collectives": []}
+    compiled, memory = compile_step(program.train_step, program.abstract, batch, limit)
+    if compiled is None:
+        return found | {"memory": memory, "collectives": []}
     counted = compiled.cost_analysis()
     found["operations"]["compiled"] = counted["flops"]
     return found | {
-        "memory": _memory(held, compiled.memory_analysis(), limit),
+        "memory": memory,
         "bytes_accessed": counted["bytes accessed"],
         "collectives": summary(hlo.collectives(compiled.as_text()), program.abstract.params),
     }
 
 
-def _held(program: Program, batch: dict) -> dict[str, int]:
-    """Bytes on one device of what the step is given."""
-    return {
-        "parameters": _shard_bytes(jax.tree.leaves(program.abstract.params)),
-        "optimizer": _shard_bytes(jax.tree.leaves(program.abstract.opt_state)),
+def compile_step(
+    train_step: Callable, state: TrainState, batch: Mapping, limit: float | None
+) -> tuple[jax.stages.Compiled | None, dict]:
+    """Compiles a step for what it is to be given, and tells what it needs of a device's memory.
+
+    Args:
+      train_step: jitted; called with the like, it makes use of what was compiled here.
+      state, batch: arrays, or their shapes and places.
+      limit: bytes of memory of one device, if known.
+
+    Returns:
+      The compiled step, or None where the compiler refused for lack of memory; and the `memory` of `figures`.
+    """
+    held = {
+        "parameters": _shard_bytes(jax.tree.leaves(state.params)),
+        "optimizer": _shard_bytes(jax.tree.leaves(state.opt_state)),
         "batch": _shard_bytes(batch.values()),
     }
+    try:
+        compiled = train_step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, _refused(held, str(error), limit)
+    return compiled, _memory(held, compiled.memory_analysis(), limit)
 
 
 def _shard_bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:

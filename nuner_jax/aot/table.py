@@ -42,6 +42,13 @@ def lines(figures: dict) -> Iterator[str]:
         yield "  none"
 
 
+def memory_line(memory: dict) -> str:
+    """What a step needs of a device's memory, what there is, and what takes it."""
+    limit = f" of {memory['limit'] / 1e9:.1f}" if memory["limit"] else ""
+    parts = ", ".join(f"{name} {memory[name] / 1e9:.2f}" for name in _HELD if memory.get(name) is not None)
+    return f"memory of a device: a step needs {_gigabytes(memory['peak'])}{limit} GB ({parts})"
+
+
 def advice_line(advice: dict) -> str:
     """What a change of the config does to the memory."""
     changes = " ".join(f"--config.{key}={value}" for key, value in advice["changes"].items())

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -106,3 +107,35 @@ def memory(device: jax.Device) -> int | None:
     if device.platform == "gpu":
         return device.memory_stats()["bytes_limit"]
     return _MEMORY.get(device.device_kind)
+
+
+def free_memory(devices: Sequence[jax.Device], state: object) -> float | None:
+    """Bytes of memory of one of the devices of this process, `state` being there already; None where nobody tells.
+
+    CPU devices share what is free of the machine's, or of the container's.
+
+    Args:
+      devices: of this process, all of one kind.
+      state: the arrays, part of which each device holds.
+    """
+    first = devices[0]
+    if first.platform != "cpu":
+        return memory(first)
+    free = _free_host_memory()
+    if free is None:
+        return None
+    held = sum(piece.data.nbytes for array in jax.tree.leaves(state) for piece in array.addressable_shards)
+    return (free + held) / len(devices)
+
+
+def _free_host_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return None
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no container, or one without a limit ("max")
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        free = min(free, limit - next(int(line.split()[1]) for line in used if line.startswith("anon ")))
+    return free

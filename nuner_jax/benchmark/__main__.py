@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         console = Console(jax.process_index() == 0)
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=cache) as folder:
             run = train.prepare(config, Path(folder), console)
-            figures = measure.measure(run, steps=steps, warmup=warmup, profile=flags.FLAGS.profile)
+            figures = measure.measure(run, steps=steps, warmup=warmup, profile=flags.FLAGS.profile, say=console.say)
             run.checkpoints.close()
         figures = {"of": command.config_name(), **figures, **workdir_lib.circumstances(config)}
         for line in table.lines(figures):

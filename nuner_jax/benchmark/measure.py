@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nuner_jax import train
+from nuner_jax.aot.compile import compile_to_run
+from nuner_jax.aot.sizing import batch_shapes
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.performance import costs, device_rates, hlo
 from nuner_jax.state import TrainState, combine, partition
@@ -49,7 +51,7 @@ def compilations() -> Iterator[Compilations]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def measure(run: train.Run, *, steps: int, warmup: int, profile: str | None = None) -> dict:
+def measure(run: train.Run, *, steps: int, warmup: int, profile: str | None = None, say: Callable[[str], None]) -> dict:
     """All figures of a run that is prepared and has not begun, as JSON; in seconds, operations and bytes.
 
     Args:
@@ -57,21 +59,26 @@ def measure(run: train.Run, *, steps: int, warmup: int, profile: str | None = No
       steps: to time with the batches on the device, and again with the loader.
       warmup: steps before, beside the one that compiles.
       profile: folder for a trace of three more steps.
+      say: is told the memory that a step needs.
 
     Raises:
+      NunerError: a step does not fit into the memory.
       RuntimeError: the step was compiled again after the first one.
     """
     dtype = jnp.dtype(run.config.model.dtype)
     floor = _Floor(run, device_rates.measured_matrix_rate(dtype), device_rates.measured_bandwidth())
-    kept, making = _batches(run, min(_BATCHES, steps))
-    encoders = _encoder_seconds(run, kept[0], steps)
     with compilations() as compiled:
         start = time.perf_counter()
-        program = run.train_step.lower(run.state, kept[0]).compile()  # of which the first step then makes use
+        shapes = batch_shapes(run.task.train_batch(0, np.arange), run.mesh)
+        program = compile_to_run(run.config, run.mesh, run.train_step, run.state, shapes, say)
+        first_step = time.perf_counter() - start
+    kept, making = _batches(run, min(_BATCHES, steps))
+    encoders = _encoder_seconds(run, kept[0], steps)
+    with compilations() as again:  # none: the first step makes use of what has been compiled
+        start = time.perf_counter()
         state, metrics = run.train_step(run.state, kept[0])
         jax.device_get(metrics)
-        first_step = time.perf_counter() - start
-    with compilations() as again:
+        first_step += time.perf_counter() - start
         state, _ = pace(run, state, lambda index: kept[index % len(kept)], warmup)
         state, ready = pace(run, state, lambda index: kept[index % len(kept)], steps)
         make, stop = functools.partial(train.global_batch, run), len(kept) + steps + 1
@@ -81,7 +88,9 @@ def measure(run: train.Run, *, steps: int, warmup: int, profile: str | None = No
             with jax.profiler.trace(profile):
                 pace(run, state, lambda index: kept[index % len(kept)], _TRACED_STEPS)
     if again.programs:
-        raise RuntimeError(f"{again.programs} programs were compiled after the first step: its shapes or types change")
+        raise RuntimeError(
+            f"{again.programs} programs were compiled after the one of the step: its shapes or types change"
+        )
     return floor.figures() | {
         "task": run.config.task,
         "dtype": dtype.name,

@@ -24,8 +24,9 @@ PHASES = {  # what begins the line that ends each
     "interpreter, imports, flags": "devices:",
     "data: read or built, tokenised, packed": "packing:",
     "parameters: drawn or read, placed": "initialisation:",
+    "compiling": "memory of a device:",
     "evaluation (left out)": "step 0:",
-    "compiling, first step": "step 1",
+    "first step": "step 1",
 }
 
 
