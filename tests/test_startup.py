@@ -21,7 +21,8 @@ def test_every_phase_of_a_start_is_found_and_timed(root):
         "interpreter, imports, flags",
         "data: read or built, tokenised, packed",
         "parameters: drawn or read, placed",
-        "compiling, first step",
+        "compiling",
+        "first step",
         "all",
     ]
     for column in (1, 2):

@@ -103,9 +103,9 @@ def _tpu(family: str, shape: str) -> list[jax.Device]:
 
 
 def memory(device: jax.Device) -> int | None:
-    """Bytes of memory that a program on this device may fill; None where it is the host's."""
+    """Bytes of memory that a program on this device may fill; None where it is the host's, or nobody tells."""
     if device.platform == "gpu":
-        return device.memory_stats()["bytes_limit"]
+        return (device.memory_stats() or {}).get("bytes_limit")
     return _MEMORY.get(device.device_kind)
 
 
