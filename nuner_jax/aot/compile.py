@@ -102,7 +102,8 @@ def compile_to_run(
     compiled, memory = compiled_step.compile_step(train_step, state, batch, limit)
     needs = memory_line(memory)
     say(needs)
-    if memory["fits"]:
+    # The compiler for TPUs refuses what does not fit, and so knows better than a sum of sizes.
+    if memory["fits"] or (compiled is not None and mesh.local_devices[0].platform == "tpu"):
         return compiled
     say("It does not fit: other settings are compiled one by one, to see which would.")
     advice = [advice_line(one).strip() for one in _advice(config, list(mesh.devices.flat), None, limit)]
