@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from nuner_jax import checkpoint, command, evaluate, export, initialise, sharding
 from nuner_jax import config as config_lib
 from nuner_jax import workdir as workdir_lib
 from nuner_jax.aot.compile import compile_to_run
-from nuner_jax.aot.sizing import batch_shapes
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.distributed import cluster
 from nuner_jax.distributed.preemption import StopRequest
@@ -170,8 +168,7 @@ def loop(run: Run, console: Console) -> str | None:
             console=console,
         )
         if step < total:
-            shapes = batch_shapes(run.task.train_batch(step, np.arange), run.mesh)
-            compile_to_run(config, run.mesh, run.train_step, state, shapes, console.say)
+            compile_to_run(config, run.task, run.mesh, run.train_step, state, console.say)
         console.say(f"training from step {step:,} to {total:,}, {run.task.steps_per_epoch:,.1f} steps an epoch")
         while True:
             # The order matters: a step's numbers, its evaluation, then its checkpoint, which vouches for both.

@@ -98,7 +98,7 @@ def test_a_batch_as_stated_is_the_one_that_training_has(config_file, rows_file):
     task = make_task(config, mesh)
     shapes = dataclasses.asdict(task.loader.shapes)
     stated = sizing.parse_shapes(",".join(f"{key}={shapes[key]}" for key in sizing.STATED))
-    real = sizing.batch_shapes(task.train_batch(0, np.arange), mesh)
+    real = sizing.batch_shapes(task, mesh)
     assert sizing.Sized(config, mesh, stated).abstract_batch() == real
     assert sizing.Sized(config, mesh, stated).costs() == task.costs()
 
@@ -142,8 +142,7 @@ def test_a_run_that_does_not_fit_ends_before_its_first_step_and_says_what_would(
     config.model.encoder.max_position_embeddings = 258
     config.steps = 2
     run = train.prepare(config, tmp_path / "run", Console(active=False))
-    shapes = sizing.batch_shapes(run.task.train_batch(0, np.arange), run.mesh)
-    compiled = aot_compile.compile_to_run(config, run.mesh, run.train_step, run.state, shapes, print)
+    compiled = aot_compile.compile_to_run(config, run.task, run.mesh, run.train_step, run.state, print)
     needed, limit = map(float, re.search(r"a step needs ([\d.]+) of ([\d.]+) GB", capsys.readouterr().out).groups())
     assert compiled.memory_analysis().temp_size_in_bytes / 1e9 < needed < limit, "of this very machine"
 

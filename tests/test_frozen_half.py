@@ -211,7 +211,7 @@ def test_a_batch_as_stated_is_the_one_that_training_has(config, accumulate):
     task = make_task(config, mesh)
     stated = {key: getattr(task.loader.shapes, key) for key in sizing.STATED}
     sized = sizing.Sized(config, mesh, stated)
-    assert sized.abstract_batch() == sizing.batch_shapes(task.train_batch(0, np.arange), mesh)
+    assert sized.abstract_batch() == sizing.batch_shapes(task, mesh)
     assert sized.costs() == task.costs()
     assert task.costs()["embeddings"].both.activation_bytes > 0, "of the concept tower"
     assert not frozen_folder(config).exists(), "to look at shapes computes nothing"

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation: what a config needs of hardware that is not here."""
+"""Ahead-of-time compilation: what a config needs of hardware that is not here, or is about to run it."""

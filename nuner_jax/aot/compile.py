@@ -16,6 +16,7 @@ from nuner_jax.errors import NunerError
 from nuner_jax.models.encoder import REMAT
 from nuner_jax.state import TrainState
 from nuner_jax.tasks import make_task
+from nuner_jax.tasks.protocol import Task
 
 
 def compile_all(
@@ -83,22 +84,23 @@ def figures_of(
 
 
 def compile_to_run(
-    config: ConfigDict, mesh: Mesh, train_step: Callable, state: TrainState, batch: Mapping, say: Callable[[str], None]
+    config: ConfigDict, task: Task, mesh: Mesh, train_step: Callable, state: TrainState, say: Callable[[str], None]
 ) -> jax.stages.Compiled:
     """Compiles a step that is about to run here, and tells what it needs of a device's memory.
 
     Args:
       config: the resolved config.
+      task: of the config.
       mesh: of the devices.
       train_step: jitted; its first call makes use of what was compiled.
-      state: the arrays.
-      batch: arrays, or their shapes and places.
+      state: what the first call is to be given.
       say: is told what is needed.
 
     Raises:
       NunerError: it does not fit; the message says what takes the memory, and which settings would fit.
     """
     limit = topology.free_memory(mesh.local_devices, state)
+    batch = sizing.batch_shapes(task, mesh, int(state.step))
     compiled, memory = compiled_step.compile_step(train_step, state, batch, limit)
     needs = memory_line(memory)
     say(needs)

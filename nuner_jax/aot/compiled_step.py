@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -38,10 +37,7 @@ def figures(config: ConfigDict, task: Task, mesh: Mesh, limit: float | None) -> 
       device, counted likewise; `collectives`, one entry for each kind and what it carries.
     """
     program = make_program(config, task, mesh)
-    if isinstance(task, sizing.Sized):
-        batch = task.abstract_batch()
-    else:
-        batch = sizing.batch_shapes(task.train_batch(0, np.arange), mesh)
+    batch = task.abstract_batch() if isinstance(task, sizing.Sized) else sizing.batch_shapes(task, mesh)
     parts = task.costs()
     found = {
         "devices": {"number": mesh.devices.size, "kind": mesh.devices.flat[0].device_kind},

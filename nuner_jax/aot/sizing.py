@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,6 +16,7 @@ from nuner_jax import sharding
 from nuner_jax.data.loader import Shapes, round_up
 from nuner_jax.errors import NunerError
 from nuner_jax.tasks.pretrain import Pretrain
+from nuner_jax.tasks.protocol import Task
 
 # What the embedded sample has for each text token in batches of 64 x 512, about 800 of its sentences: positive pairs,
 # distinct concepts and their names' tokens, special ones included (RoBERTa-like byte pairs). Fewer per token in larger
@@ -101,7 +103,7 @@ class Sized(Pretrain):
         }
 
 
-def batch_shapes(batch: Mapping, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and places of a batch [A, rows, ...] of host arrays."""
-    place = sharding.batch_sharding(mesh)
+def batch_shapes(task: Task, mesh: Mesh, step: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and places of a task's whole batches [A, rows, ...], as that of a step has them."""
+    place, batch = sharding.batch_sharding(mesh), task.train_batch(step, np.arange)
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=place) for name, value in batch.items()}

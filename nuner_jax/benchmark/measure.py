@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from nuner_jax import train
 from nuner_jax.aot.compile import compile_to_run
-from nuner_jax.aot.sizing import batch_shapes
 from nuner_jax.data.prefetch import Prefetch
 from nuner_jax.performance import costs, device_rates, hlo
 from nuner_jax.state import TrainState, combine, partition
@@ -69,8 +68,7 @@ def measure(run: train.Run, *, steps: int, warmup: int, profile: str | None = No
     floor = _Floor(run, device_rates.measured_matrix_rate(dtype), device_rates.measured_bandwidth())
     with compilations() as compiled:
         start = time.perf_counter()
-        shapes = batch_shapes(run.task.train_batch(0, np.arange), run.mesh)
-        program = compile_to_run(run.config, run.mesh, run.train_step, run.state, shapes, say)
+        program = compile_to_run(run.config, run.task, run.mesh, run.train_step, run.state, say)
         first_step = time.perf_counter() - start
     kept, making = _batches(run, min(_BATCHES, steps))
     encoders = _encoder_seconds(run, kept[0], steps)

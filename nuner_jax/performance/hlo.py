@@ -141,10 +141,10 @@ def _step(condition: Sequence[str], body: Sequence[str]) -> int:
     results = [re.findall(r"%([\w.-]+)", line.partition(" tuple(")[2]) for line in body if " ROOT " in line]
     if len(places) != 1 or len(results) != 1:
         return 1
-    counter = lines.get(dict(enumerate(results[0])).get(places.pop(), ""), "")
-    terms = match.groups() if (match := _SUM.search(counter)) else ()
-    numbers = [int(match[1]) for name in terms if (match := _NUMBER.search(lines.get(name, "")))]
-    return max([1, *numbers])
+    (place,), (result,) = places, results
+    counter = _SUM.search(lines.get(result[place], "")) if place < len(result) else None
+    terms = [lines.get(name, "") for name in counter.groups()] if counter else ()
+    return max([1, *(int(match[1]) for term in terms if (match := _NUMBER.search(term)))])
 
 
 def _collective(line: str, match: re.Match, devices: int, times: int) -> Collective:
